@@ -1,0 +1,259 @@
+"""Judge templates: text files under ``prompts/`` that say what is asked, and in which form.
+
+A template is a TOML file; its header names the kind of verdict, the mode, the labels and the tie
+label, so that code never guesses them. Placeholders are filled in one pass over the template: an
+unknown ``{word}`` stays as written, and text that was filled in is never scanned again. Everything
+filled in is data: it is fenced by tags, and what could end a fence or steer a chat template inside
+it is defused (``neutralise``).
+
+This module knows nothing of engines or replies.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from feedback.errors import TemplateError, nearest
+from feedback.records import Message, PromptText, content_id
+
+__all__ = [
+    "Template",
+    "describe",
+    "load_rubric",
+    "load_template",
+    "neutralise",
+    "prompts_folder",
+    "render",
+    "render_prompt",
+]
+
+Kind = Literal["pairwise", "listwise", "rating"]
+Mode = Literal["label", "rationale", "structured"]
+
+_PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
+# Role markers and control tokens of the chat formats in use. Inside data each loses its first
+# character to a look-alike, so that no tokenizer maps it to a control token.
+_CONTROL = re.compile(
+    r"<\|[^|<>\n]{1,40}\|>"  # ChatML, Llama 3, Phi, this project's own
+    r"|<｜[^｜<>\n]{1,40}｜>"  # DeepSeek
+    r"|</?s>|<(?:bos|eos|pad|unk|mask)>|\[/?INST\]|\[/?SYSTEM_PROMPT\]|<</?SYS>>"
+    r"|</?(?:start|end)_of_turn>|<\|?im_(?:start|end)\|?>|</?think>",
+    re.IGNORECASE,
+)
+_FENCE = re.compile(
+    r"<(?=\s*/?\s*(?:conversation|repl(?:y|ies)|reference|principle|criteria))", re.IGNORECASE
+)
+_LOOKALIKE = {"<": "\u2039", "[": "\u27e6"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Template:
+    """One judge template, as loaded."""
+
+    name: str
+    kind: Kind
+    user: str
+    """Text of the user turn, with placeholders."""
+    labels: tuple[str, ...]
+    """Pairwise: the labels of the first-shown and second-shown completion. Listwise: the labels of
+    the places, as many as the longest list. Rating: the scale's points, worst first."""
+    mode: Mode = "label"
+    """``label``: the verdict is the first generated token; ``rationale``: reasons first, then a
+    marked verdict; ``structured``: a JSON object."""
+    tie: str | None = None
+    """Label that means 'equally good'; None: the judge must choose."""
+    system: str = ""
+    rubric: str = "helpfulness"
+    """File in ``prompts/rubrics`` that fills ``{rubric}`` unless the run names another."""
+    max_tokens: int = 1
+    compare_with: str = ""
+    """The published prompt that this one can be compared with, in words."""
+    sha256: str = ""
+    """Hash of everything above that reaches the judge."""
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """All labels the judge may answer with; the tie label, if any, is last."""
+        return self.labels if self.tie is None else (*self.labels, self.tie)
+
+
+def prompts_folder() -> Path:
+    """Return the folder of shipped prompts: inside the package, or beside it in a source tree."""
+    inside = Path(__file__).parent / "prompts"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "prompts"
+
+
+def load_template(name: str) -> Template:
+    """Load a template by the name of a shipped one, or by the path of a TOML file.
+
+    Raises:
+        TemplateError: not found, a field is unknown, missing or inconsistent; names the way out.
+    """
+    path = _template_path(name)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise TemplateError(f"not valid TOML: {error}", path=path) from error
+    known = {field.name for field in fields(Template)} - {"sha256"}
+    for key in table:
+        if key not in known:
+            raise TemplateError(f"unknown field {key!r}{nearest(key, known)}", path=path)
+    for key in ("name", "kind", "user", "labels"):
+        if key not in table:
+            raise TemplateError(f"field {key!r} is missing", path=path)
+    table["labels"] = tuple(table["labels"])
+    sent = {key: table.get(key) for key in ("kind", "mode", "labels", "tie", "system", "user")}
+    template = Template(**table, sha256=content_id(sent, length=64))
+    _check(template, path)
+    return template
+
+
+def _template_path(name: str) -> Path:
+    if name.endswith(".toml"):
+        path = Path(name)
+        if not path.is_file():
+            raise TemplateError("no such template file", path=path)
+        return path
+    folder = prompts_folder() / "judges"
+    path = folder / f"{name}.toml"
+    if not path.is_file():
+        known = sorted(file.stem for file in folder.glob("*.toml"))
+        raise TemplateError(
+            f"no template named {name!r}{nearest(name, known)} "
+            f"(there are: {', '.join(known)}; or give the path of a .toml file)"
+        )
+    return path
+
+
+def _check(template: Template, path: Path) -> None:
+    needed = {
+        "pairwise": {"completion_a", "completion_b"},
+        "listwise": {"completions"},
+        "rating": {"completion"},
+    }
+    if template.kind not in needed:
+        raise TemplateError(
+            f"kind {template.kind!r} is not pairwise, listwise or rating", path=path
+        )
+    if template.mode not in ("label", "rationale", "structured"):
+        raise TemplateError(
+            f"mode {template.mode!r} is not label, rationale or structured", path=path
+        )
+    present = set(_PLACEHOLDER.findall(template.user + template.system))
+    if missing := (needed[template.kind] | {"prompt"}) - present:
+        raise TemplateError(f"placeholder {{{min(missing)}}} does not occur in it", path=path)
+    if template.kind == "pairwise" and len(template.labels) != 2:
+        raise TemplateError("a pairwise template offers two labels (and 'tie' apart)", path=path)
+    if len(set(template.choices)) != len(template.choices):
+        raise TemplateError("labels must differ from each other and from the tie label", path=path)
+    if template.mode == "label" and template.kind != "listwise" and template.max_tokens != 1:
+        raise TemplateError("mode 'label' reads one token: max_tokens must be 1", path=path)
+
+
+def neutralise(text: str) -> str:
+    """Defuse what could end a fence or act as a control token inside ``text``.
+
+    The first character of each such marker becomes a look-alike; all other text is unchanged.
+    """
+    text = _CONTROL.sub(lambda found: _LOOKALIKE[found[0][0]] + found[0][1:], text)
+    return _FENCE.sub(_LOOKALIKE["<"], text)
+
+
+def render_prompt(prompt: PromptText) -> str:
+    """Return a prompt as the transcript that judges read, one ``Role: text`` paragraph a turn."""
+    if isinstance(prompt, str):
+        return "User: " + neutralise(prompt)
+    return "\n".join(
+        f"{turn['role'].capitalize()}: {neutralise(turn['content'])}" for turn in prompt
+    )
+
+
+def render(
+    template: Template,
+    *,
+    prompt: PromptText,
+    completions: Sequence[str],
+    rubric: str = "",
+    principle: str = "",
+    gold: str = "",
+) -> tuple[Message, ...]:
+    """Return the messages that ask the judge about ``completions``, in the order shown.
+
+    Raises:
+        ValueError: the number of completions does not fit the template's kind.
+    """
+    values: dict[str, str] = {
+        "prompt": render_prompt(prompt),
+        "rubric": rubric.strip(),
+        "principle": principle.strip(),
+        "gold": neutralise(gold),
+    }
+    values |= _completion_values(template, [neutralise(text) for text in completions])
+
+    def fill(found: re.Match[str]) -> str:
+        return values.get(found[1], found[0])
+
+    user = Message(role="user", content=_PLACEHOLDER.sub(fill, template.user).strip())
+    if not template.system:
+        return (user,)
+    return (Message(role="system", content=_PLACEHOLDER.sub(fill, template.system).strip()), user)
+
+
+def _completion_values(template: Template, completions: list[str]) -> dict[str, str]:
+    if template.kind == "pairwise":
+        if len(completions) != 2:
+            raise ValueError(f"a pairwise template shows 2 completions, got {len(completions)}")
+        return {"completion_a": completions[0], "completion_b": completions[1]}
+    if template.kind == "rating":
+        if len(completions) != 1:
+            raise ValueError(f"a rating template shows 1 completion, got {len(completions)}")
+        return {"completion": completions[0]}
+    if not 2 <= len(completions) <= len(template.labels):
+        raise ValueError(
+            f"template {template.name!r} shows 2 to {len(template.labels)} completions, "
+            f"got {len(completions)}"
+        )
+    blocks = (
+        f'<reply name="{label}">\n{text}\n</reply>'
+        for label, text in zip(template.labels, completions, strict=False)
+    )
+    return {
+        "completions": "\n\n".join(blocks),
+        "labels": ", ".join(template.labels[: len(completions)]),
+    }
+
+
+def load_rubric(name: str, kind: str = "rubrics") -> str:
+    """Return the text of a shipped rubric (or constitution) by name, or of a text file by path.
+
+    Raises:
+        TemplateError: there is none of that name.
+    """
+    path = Path(name)
+    if path.suffix in (".md", ".txt"):
+        if not path.is_file():
+            raise TemplateError("no such file", path=path)
+        return path.read_text(encoding="utf-8").strip()
+    folder = prompts_folder() / kind
+    path = folder / f"{name}.md"
+    if not path.is_file():
+        known = sorted(file.stem for file in folder.glob("*.md"))
+        raise TemplateError(
+            f"no {kind[:-1]} named {name!r}{nearest(name, known)} (there are: {', '.join(known)})"
+        )
+    return path.read_text(encoding="utf-8").strip()
+
+
+def describe(template: Template) -> dict[str, Any]:
+    """Return what a manifest records of a template."""
+    return {
+        "name": template.name,
+        "kind": template.kind,
+        "mode": template.mode,
+        "sha256": template.sha256,
+    }

@@ -1,0 +1,172 @@
+"""The command ``rlaif``: parse first, then load what the subcommand needs, then call one function.
+
+Nothing heavy is imported before the options are parsed, so ``--help`` answers at once; option
+classes live in modules that import neither torch nor vllm.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from feedback.config import option_values, recipe_table, required_fields
+from feedback.errors import RecipeError, RlaifError, nearest
+
+__all__ = ["COMMANDS", "main"]
+
+
+class Command(NamedTuple):
+    """One subcommand: where its options class and its function live, and its one-line help."""
+
+    options: str
+    function: str
+    help: str
+
+
+COMMANDS: dict[str, Command] = {
+    "run": Command(
+        "train.pipeline:PipelineOptions",
+        "train.pipeline:run",
+        "the whole chain from one recipe; unchanged stages are skipped",
+    ),
+    "sample": Command(
+        "feedback.sampling:SampleOptions", "feedback.sampling:run", "prompts -> candidates"
+    ),
+    "judge": Command(
+        "feedback.labeling:JudgeOptions", "feedback.labeling:run", "candidates -> verdicts"
+    ),
+    "pair": Command(
+        "feedback.pairing:PairOptions",
+        "feedback.pairing:run",
+        "verdicts -> preferences and rankings",
+    ),
+    "sft": Command(
+        "train.config:SftOptions",
+        "train.sft:run",
+        "supervised fine-tuning, from a checkpoint or from scratch",
+    ),
+    "reward": Command(
+        "train.config:RewardOptions",
+        "train.reward:run",
+        "train a reward model on preferences or rankings",
+    ),
+    "dpo": Command(
+        "train.config:DpoOptions",
+        "train.dpo:run",
+        "direct preference optimisation with soft labels",
+    ),
+    "rrhf": Command(
+        "train.config:RrhfOptions",
+        "train.rrhf:run",
+        "rank responses to align: ranking hinge plus SFT on the best",
+    ),
+    "evaluate": Command(
+        "train.evaluate:EvaluateOptions",
+        "train.evaluate:run",
+        "policy against policy, by judges and checks that labelled nothing",
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand; return the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if words[0] == "--version":
+        print(importlib.import_module("importlib.metadata").version("rlaif"))
+        return 0
+    try:
+        return _run(words[0], words[1:])
+    except RlaifError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(
+            "interrupted: everything finished so far is on disk; run the same command to continue",
+            file=sys.stderr,
+        )
+        return 130
+
+
+def _run(name: str, words: list[str]) -> int:
+    if name not in COMMANDS:
+        raise RecipeError(
+            f"unknown command {name!r}{nearest(name, COMMANDS)} (rlaif --help lists them)"
+        )
+    command = COMMANDS[name]
+    options = parse_options(_load(command.options), name, words)
+    result = _load(command.function)(options)
+    return result if isinstance(result, int) else 0
+
+
+def parse_options(kind: type[Any], name: str, words: list[str]) -> Any:
+    """Return the options of command ``name``: the recipe's table first, then the command line."""
+    import tyro
+
+    recipe, words = _take_recipe(words)
+    default = tyro.MISSING
+    if recipe is not None:
+        table = recipe_table(recipe, name)
+        default = _with_missing(kind, table, recipe)
+    return tyro.cli(
+        kind,
+        args=words,
+        prog=f"rlaif {name}",
+        default=default,
+        description=COMMANDS[name].help,
+        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+    )
+
+
+def _with_missing(kind: type[Any], table: dict[str, Any], recipe: str) -> Any:
+    """Build options from a recipe table; what it lacks stays for the command line."""
+    import tyro
+
+    values = option_values(kind, table, path=recipe)
+    return kind(**{name: tyro.MISSING for name in required_fields(kind)} | values)
+
+
+def _take_recipe(words: list[str]) -> tuple[str | None, list[str]]:
+    rest, recipe, index = [], None, 0
+    while index < len(words):
+        word = words[index]
+        if word == "--recipe":
+            if index + 1 >= len(words):
+                raise RecipeError("--recipe needs a file")
+            recipe, index = words[index + 1], index + 2
+        elif word.startswith("--recipe="):
+            recipe, index = word.partition("=")[2], index + 1
+        else:
+            rest.append(word)
+            index += 1
+    return recipe, rest
+
+
+def _load(target: str) -> Any:
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: rlaif COMMAND [--recipe FILE.toml] [options]",
+            "",
+            "AI feedback that can be trusted, and training that uses every bit of it.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "rlaif COMMAND --help lists a command's options.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
