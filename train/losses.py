@@ -209,7 +209,7 @@ def tie_targets(p_chosen: Tensor, tie: Tensor) -> Tensor:
 
 
 def tie_loss(log_probs: Tensor, *, targets: Tensor) -> Tensor:
-    """Return the cross-entropy of a tie model's ``log_probs`` (B, 3) to ``targets`` (B, 3); (B,)."""
+    """Return the cross-entropy of tie ``log_probs`` (B, 3) to ``targets`` (B, 3), shape (B,)."""
     return -(targets * log_probs).sum(dim=-1)
 
 
