@@ -65,7 +65,7 @@ compare: setup ## SFT, best-of-n, DPO, RRHF and PPO at equal compute, with the e
 # --- checking --------------------------------------------------------------------------------
 
 test: setup-test ## every test that this machine can run
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup-test
 	$(BIN)/ruff check .

@@ -19,7 +19,8 @@ HEAVY = "{'torch', 'vllm', 'transformers', 'trl', 'datasets'}"
 def test_help_loads_nothing_heavy(name: str) -> None:
     code = (
         "import sys\nfrom train.cli import main\n"
-        f"try:\n    main([{name!r}, '--help'])\nexcept SystemExit as end:\n    assert not end.code\n"
+        f"try:\n    main([{name!r}, '--help'])\n"
+        "except SystemExit as end:\n    assert not end.code\n"
         f"heavy = {HEAVY} & set(sys.modules)\nassert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
