@@ -10,7 +10,8 @@ import pytest
 
 from feedback.config import build_options, load_recipe
 from feedback.templates import load_rubric, load_template, prompts_folder
-from train.cli import COMMANDS, main
+from train.cli import main
+from train.commands import COMMANDS
 
 HEAVY = "{'torch', 'vllm', 'transformers', 'trl', 'datasets'}"
 

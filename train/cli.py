@@ -9,65 +9,13 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from feedback.config import option_values, recipe_table, required_fields
 from feedback.errors import RecipeError, RlaifError, nearest
+from train.commands import COMMANDS, load
 
-__all__ = ["COMMANDS", "main"]
-
-
-class Command(NamedTuple):
-    """One subcommand: where its options class and its function live, and its one-line help."""
-
-    options: str
-    function: str
-    help: str
-
-
-COMMANDS: dict[str, Command] = {
-    "run": Command(
-        "train.pipeline:PipelineOptions",
-        "train.pipeline:run",
-        "the whole chain from one recipe; unchanged stages are skipped",
-    ),
-    "sample": Command(
-        "feedback.sampling:SampleOptions", "feedback.sampling:run", "prompts -> candidates"
-    ),
-    "judge": Command(
-        "feedback.labeling:JudgeOptions", "feedback.labeling:run", "candidates -> verdicts"
-    ),
-    "pair": Command(
-        "feedback.pairing:PairOptions",
-        "feedback.pairing:run",
-        "verdicts -> preferences and rankings",
-    ),
-    "sft": Command(
-        "train.config:SftOptions",
-        "train.sft:run",
-        "supervised fine-tuning, from a checkpoint or from scratch",
-    ),
-    "reward": Command(
-        "train.config:RewardOptions",
-        "train.reward:run",
-        "train a reward model on preferences or rankings",
-    ),
-    "dpo": Command(
-        "train.config:DpoOptions",
-        "train.dpo:run",
-        "direct preference optimisation with soft labels",
-    ),
-    "rrhf": Command(
-        "train.config:RrhfOptions",
-        "train.rrhf:run",
-        "rank responses to align: ranking hinge plus SFT on the best",
-    ),
-    "evaluate": Command(
-        "train.evaluate:EvaluateOptions",
-        "train.evaluate:run",
-        "policy against policy, by judges and checks that labelled nothing",
-    ),
-}
+__all__ = ["main", "parse_options"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,8 +46,8 @@ def _run(name: str, words: list[str]) -> int:
             f"unknown command {name!r}{nearest(name, COMMANDS)} (rlaif --help lists them)"
         )
     command = COMMANDS[name]
-    options = parse_options(_load(command.options), name, words)
-    result = _load(command.function)(options)
+    options = parse_options(load(command.options), name, words)
+    result = load(command.function)(options)
     return result if isinstance(result, int) else 0
 
 
@@ -144,11 +92,6 @@ def _take_recipe(words: list[str]) -> tuple[str | None, list[str]]:
             rest.append(word)
             index += 1
     return recipe, rest
-
-
-def _load(target: str) -> Any:
-    module, _, name = target.partition(":")
-    return getattr(importlib.import_module(module), name)
 
 
 def _overview() -> str:

@@ -1,0 +1,70 @@
+"""The table of commands: where each one's options class and its function live.
+
+Targets are strings, so that reading the table loads nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, NamedTuple
+
+__all__ = ["COMMANDS", "Command", "load"]
+
+
+class Command(NamedTuple):
+    """One subcommand: where its options class and its function live, and its one-line help."""
+
+    options: str
+    function: str
+    help: str
+
+
+COMMANDS: dict[str, Command] = {
+    "run": Command(
+        "train.pipeline:PipelineOptions",
+        "train.pipeline:run",
+        "the whole chain from one recipe; unchanged stages are skipped",
+    ),
+    "sample": Command(
+        "feedback.sampling:SampleOptions", "feedback.sampling:run", "prompts -> candidates"
+    ),
+    "judge": Command(
+        "feedback.labeling:JudgeOptions", "feedback.labeling:run", "candidates -> verdicts"
+    ),
+    "pair": Command(
+        "feedback.pairing:PairOptions",
+        "feedback.pairing:run",
+        "verdicts -> preferences and rankings",
+    ),
+    "sft": Command(
+        "train.config:SftOptions",
+        "train.sft:run",
+        "supervised fine-tuning, from a checkpoint or from scratch",
+    ),
+    "reward": Command(
+        "train.config:RewardOptions",
+        "train.reward:run",
+        "train a reward model on preferences or rankings",
+    ),
+    "dpo": Command(
+        "train.config:DpoOptions",
+        "train.dpo:run",
+        "direct preference optimisation with soft labels",
+    ),
+    "rrhf": Command(
+        "train.config:RrhfOptions",
+        "train.rrhf:run",
+        "rank responses to align: ranking hinge plus SFT on the best",
+    ),
+    "evaluate": Command(
+        "train.evaluate:EvaluateOptions",
+        "train.evaluate:run",
+        "policy against policy, by judges and checks that labelled nothing",
+    ),
+}
+
+
+def load(target: str) -> Any:
+    """Import ``module:name`` and return the object."""
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
