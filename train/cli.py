@@ -6,9 +6,11 @@ classes live in modules that import neither torch nor vllm.
 
 from __future__ import annotations
 
-import importlib
+import dataclasses
 import sys
+import typing
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 from feedback.config import option_values, recipe_table, required_fields
@@ -25,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_overview())
         return 0
     if words[0] == "--version":
-        print(importlib.import_module("importlib.metadata").version("rlaif"))
+        print(version("rlaif"))
         return 0
     try:
         return _run(words[0], words[1:])
@@ -52,25 +54,57 @@ def _run(name: str, words: list[str]) -> int:
 
 
 def parse_options(kind: type[Any], name: str, words: list[str]) -> Any:
-    """Return the options of command ``name``: the recipe's table first, then the command line."""
+    """Return the options of command ``name``: the recipe's table first, then the command line.
+
+    Raises:
+        RecipeError: an option is unknown (names the nearest) or a required one is missing.
+    """
     import tyro
 
     recipe, words = _take_recipe(words)
-    default = tyro.MISSING
-    if recipe is not None:
-        table = recipe_table(recipe, name)
-        default = _with_missing(kind, table, recipe)
+    table = {} if recipe is None else recipe_table(recipe, name)
+    if name == "run" and recipe is not None:
+        table = {**table, "recipe": recipe}
+    if not {"-h", "--help"} & set(words):
+        _check_words(kind, name, words, given=set(table))
     return tyro.cli(
         kind,
         args=words,
         prog=f"rlaif {name}",
-        default=default,
+        default=_with_missing(kind, table, recipe),
         description=COMMANDS[name].help,
         config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
     )
 
 
-def _with_missing(kind: type[Any], table: dict[str, Any], recipe: str) -> Any:
+def _check_words(kind: type[Any], name: str, words: list[str], *, given: set[str]) -> None:
+    known = _option_names(kind)
+    used = {word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
+    for option in sorted(used):
+        if option not in known:
+            raise RecipeError(
+                f"rlaif {name}: unknown option {option}{nearest(option, known)} "
+                f"(rlaif {name} --help lists them)"
+            )
+    filled = {f"--{key}".replace("_", "-") for key in given} | used
+    needed = [f"--{key}".replace("_", "-") for key in required_fields(kind)]
+    if missing := [option for option in needed if option not in filled]:
+        raise RecipeError(f"rlaif {name} needs {', '.join(missing)} (or a --recipe that has them)")
+
+
+def _option_names(kind: type[Any], prefix: str = "--") -> list[str]:
+    """Return every option of an options class; nested ones are joined by dots."""
+    names = []
+    hints = typing.get_type_hints(kind)
+    for entry in dataclasses.fields(kind):
+        name = prefix + entry.name.replace("_", "-")
+        names.append(name)
+        if dataclasses.is_dataclass(hints[entry.name]):
+            names += _option_names(hints[entry.name], f"{name}.")
+    return names
+
+
+def _with_missing(kind: type[Any], table: dict[str, Any], recipe: str | None) -> Any:
     """Build options from a recipe table; what it lacks stays for the command line."""
     import tyro
 
