@@ -40,11 +40,14 @@ def test_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -
     assert "did you mean 'judge'?" in capsys.readouterr().err
 
 
-def test_unknown_option_names_the_nearest(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        main(["dpo", "--betta", "0.1"])
-    assert end.value.code == 2
-    assert "--beta" in capfd.readouterr().err
+def test_unknown_option_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["dpo", "--betta", "0.1"]) == 2
+    assert "did you mean '--beta'?" in capsys.readouterr().err
+
+
+def test_missing_options_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["dpo", "--beta", "0.1"]) == 2
+    assert "rlaif dpo needs --data, --output" in capsys.readouterr().err
 
 
 def test_unknown_recipe_key_names_file_and_nearest(

@@ -65,13 +65,14 @@ def parse_options(kind: type[Any], name: str, words: list[str]) -> Any:
     table = {} if recipe is None else recipe_table(recipe, name)
     if name == "run" and recipe is not None:
         table = {**table, "recipe": recipe}
+    default = _with_missing(kind, table, recipe)
     if not {"-h", "--help"} & set(words):
         _check_words(kind, name, words, given=set(table))
     return tyro.cli(
         kind,
         args=words,
         prog=f"rlaif {name}",
-        default=_with_missing(kind, table, recipe),
+        default=default,
         description=COMMANDS[name].help,
         config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
     )

@@ -36,6 +36,11 @@ COMMANDS: dict[str, Command] = {
         "feedback.pairing:run",
         "verdicts -> preferences and rankings",
     ),
+    "report": Command(
+        "feedback.report:ReportOptions",
+        "feedback.report:run",
+        "verdicts -> the judge's report card, in numbers and as a page",
+    ),
     "sft": Command(
         "train.config:SftOptions",
         "train.sft:run",
@@ -60,6 +65,11 @@ COMMANDS: dict[str, Command] = {
         "train.evaluate:EvaluateOptions",
         "train.evaluate:run",
         "policy against policy, by judges and checks that labelled nothing",
+    ),
+    "page": Command(
+        "feedback.page:PageOptions",
+        "feedback.page:run",
+        "one HTML file that shows a whole run",
     ),
 }
 
