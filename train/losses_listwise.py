@@ -251,7 +251,7 @@ def _sft_on_best(
     form: SftForm,
     row_widths: Tensor | None,
 ) -> Tensor:
-    ranked = scores.masked_fill(~mask, -math.inf)
+    ranked = scores.to(logps.dtype).masked_fill(~mask, -math.inf)
     best = (ranked == ranked.max(dim=1, keepdim=True).values) & mask
     if form == "row_mean":
         if row_widths is None:
