@@ -197,8 +197,61 @@ class RewardOptions(TrainOptions):
 
     learning_rate: float = 1e-5
     """Peak learning rate."""
+    loss: Literal["bradley-terry", "rao-kupper", "davidson", "plackett-luce"] = "bradley-terry"
+    """bradley-terry: every judged pair, with soft labels (a tie is p = 0.5); rao-kupper, davidson:
+    a tie is an outcome of its own; plackett-luce: whole rankings with tied groups."""
+    soft_labels: bool = True
+    """Use the judge's probability; off: the preferred one is simply right."""
+    ties: Literal["use", "drop"] = "use"
+    """Pairs that the judge called a tie: train on them, or leave them out (counted)."""
+    label_smoothing: float = 0.0
+    """Chance that a label is flipped, in [0, 0.5): mixed into p."""
+    margin_scale: float = 0.0
+    """Times the row's margin: what the rewards of a pair must differ by at least (Llama 2)."""
+    average: Literal["prompt", "pair"] = "prompt"
+    """What counts as one in the mean loss: a prompt with all pairs of its completions, or a pair."""
+    tie_nu: float | None = None
+    """Threshold of rao-kupper (> 1; None: 3) or weight of davidson (> 0; None: 1)."""
+    listwise_ties: Literal["average", "davidson"] = "average"
+    """plackett-luce: a tied group is the mean over its orders, or an event of its own."""
+    centring: float = 0.01
+    """Weight of the squared sum of a pair's rewards, which keeps rewards near zero."""
+    length_decorrelation: float = 0.0
+    """Weight of the squared correlation of reward and length differences within a packed row."""
+    members: int = 1
+    """Reward models to train, from different seeds of head and data order; more make an ensemble."""
+    rule: Literal["mean", "min", "uwo"] = "mean"
+    """How an ensemble scores: mean, worst case, or mean minus uwo_lambda times the variance."""
+    uwo_lambda: float = 0.5
+    """Weight of the members' variance under rule uwo."""
     engine: Literal["packed", "trl"] = "packed"
     """trl runs TRL's own RewardTrainer on the same rows (hard labels only), as a cross-check."""
+
+    def __post_init__(self) -> None:
+        """Refuse combinations that cannot work, naming the way out."""
+        super().__post_init__()
+        if not 0 <= self.label_smoothing < 0.5:
+            raise RecipeError(f"label_smoothing is {self.label_smoothing}; it must lie in [0, 0.5)")
+        if self.ties == "drop" and self.loss in ("rao-kupper", "davidson"):
+            raise RecipeError(f"{self.loss} models ties: ties = 'drop' would leave it none")
+        if self.tie_nu is not None and self.loss not in ("rao-kupper", "davidson"):
+            raise RecipeError(f"tie_nu does nothing with loss {self.loss!r}; remove it")
+        if self.tie_nu is not None and self.tie_nu <= (self.loss == "rao-kupper"):
+            raise RecipeError("tie_nu must be greater than 1 (rao-kupper) or 0 (davidson)")
+        if self.margin_scale and self.loss != "bradley-terry":
+            raise RecipeError(f"margin_scale needs loss 'bradley-terry', not {self.loss!r}")
+        if self.loss == "plackett-luce" and (self.label_smoothing or self.ties == "drop"):
+            raise RecipeError(
+                "plackett-luce reads rankings, not pairs: label_smoothing and ties = 'drop' do "
+                "nothing there; remove them or use loss 'bradley-terry'"
+            )
+        if self.members < 1:
+            raise RecipeError(f"members is {self.members}; it must be at least 1")
+
+    @property
+    def nu(self) -> float:
+        """The tie models' parameter, with its default."""
+        return (3.0 if self.loss == "rao-kupper" else 1.0) if self.tie_nu is None else self.tie_nu
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,3 +322,17 @@ class RrhfOptions(TrainOptions):
     """Share of all steps over which the learning rate rises from 0."""
     rank_weight: float = 1.0
     """Weight of the ranking term beside the SFT term on the best completion."""
+    length_penalty: float = 1.0
+    """Log-probabilities are divided by the length to this power before they are compared."""
+    margin: float = 0.0
+    """What the better completion's mean log-probability must exceed the worse one's by, in nats."""
+    rank_form: Literal["hinge", "logistic"] = "hinge"
+    """hinge: the paper's; logistic: its smooth form, which never stops pushing."""
+    sft_form: Literal["sum", "token_mean", "row_mean"] = "sum"
+    """SFT term on the best completion: sum over tokens (the paper); mean over tokens; row_mean:
+    the authors' code, which divides by the padded row's width and takes the first of tied best."""
+    confidence_weights: bool = False
+    """Weigh each ordered pair by the judge's confidence in it, |2p - 1|, where p is known."""
+    ties: Literal["use", "drop"] = "use"
+    """A completion tied with another: no term between the two (use); drop leaves out groups in
+    which all are tied, which otherwise still give the SFT term."""
