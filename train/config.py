@@ -209,7 +209,7 @@ class RewardOptions(TrainOptions):
     margin_scale: float = 0.0
     """Times the row's margin: what the rewards of a pair must differ by at least (Llama 2)."""
     average: Literal["prompt", "pair"] = "prompt"
-    """What counts as one in the mean loss: a prompt with all pairs of its completions, or a pair."""
+    """What counts as one in the mean loss: a prompt with all of its pairs, or each pair."""
     tie_nu: float | None = None
     """Threshold of rao-kupper (> 1; None: 3) or weight of davidson (> 0; None: 1)."""
     listwise_ties: Literal["average", "davidson"] = "average"
@@ -219,7 +219,7 @@ class RewardOptions(TrainOptions):
     length_decorrelation: float = 0.0
     """Weight of the squared correlation of reward and length differences within a packed row."""
     members: int = 1
-    """Reward models to train, from different seeds of head and data order; more make an ensemble."""
+    """Reward models to train, from different seeds of head and data order: an ensemble."""
     rule: Literal["mean", "min", "uwo"] = "mean"
     """How an ensemble scores: mean, worst case, or mean minus uwo_lambda times the variance."""
     uwo_lambda: float = 0.5
