@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from train.data import Group
 from train.logprobs import predictor_positions
 
 __all__ = [
+    "BlockLayout",
+    "GroupLayout",
     "PackedBatch",
     "Run",
     "StepPlan",
@@ -46,6 +48,30 @@ class Run(NamedTuple):
     end: int
     prompt_start: int
     prompt_end: int
+
+
+class BlockLayout(NamedTuple):
+    """Blocks of keys per block of queries and the reverse, as a FlexAttention block mask has them.
+
+    Each count is (1, 1, blocks) int32, each list of indices (1, 1, blocks, blocks) int32; ``full``
+    blocks are allowed as a whole.
+    """
+
+    kv_num_blocks: Tensor
+    kv_indices: Tensor
+    full_kv_num_blocks: Tensor
+    full_kv_indices: Tensor
+    q_num_blocks: Tensor
+    q_indices: Tensor
+    full_q_num_blocks: Tensor
+    full_q_indices: Tensor
+
+
+class GroupLayout(NamedTuple):
+    """Stretches of the row that attend within themselves: sizes, and masks unless just causal."""
+
+    sizes: tuple[int, ...]
+    masks: tuple[Tensor | None, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +129,8 @@ class PackedBatch:
     """The same work counted as others count it: a prompt once per completion."""
     counts: bool = True
     """False for a filler that keeps processes in step: its loss must be multiplied by 0."""
+    layout: Any = None
+    """What the attention kernel needs of this row; None: the dense mask says it all."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """Return the batch with all tensors on ``device``."""
@@ -112,17 +140,28 @@ class PackedBatch:
         """Return the batch in page-locked memory, from which copies to the GPU do not block."""
         return self._map(lambda tensor: tensor.pin_memory())
 
+    def with_layout(self, layout: Any) -> Self:
+        """Return the batch with its attention layout."""
+        return dataclasses.replace(self, layout=layout)
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
-        moved = {
-            entry.name: change(value)
-            for entry in dataclasses.fields(self)
-            if isinstance(value := getattr(self, entry.name), Tensor)
-        }
-        return dataclasses.replace(self, **moved)
+        values = ((entry.name, getattr(self, entry.name)) for entry in dataclasses.fields(self))
+        moved = {name: change(value) for name, value in values if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **moved, layout=_map_nested(self.layout, change))
 
     def __len__(self) -> int:
         """Return the number of completions."""
         return int(self.lengths.shape[0])
+
+
+def _map_nested(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Apply ``change`` to the tensors in named tuples and tuples."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple):
+        parts = [_map_nested(part, change) for part in value]
+        return type(value)(*parts) if type(value) is not tuple else tuple(parts)
+    return value
 
 
 class StepPlan(NamedTuple):

@@ -1,0 +1,368 @@
+"""Load a model and its tokenizer, make it read packed rows, and ask it for what losses need.
+
+``enable_packing`` teaches a transformers model one more way to be called: ``model(packed=request)``
+runs its backbone over a packed row and then only the head that was asked for. Because this happens
+inside the model's own forward, wrappers (DDP, FSDP2, DeepSpeed, PEFT) see an ordinary call; called
+without ``packed`` the model is as it was, generation included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from feedback.errors import InputError
+from train.attention import NAME, attention_inputs, check_supported
+from train.config import ModelShape, TrainOptions
+from train.logprobs import TokenLogprobs, sum_per_completion, token_logprobs
+from train.packing import PackedBatch
+
+__all__ = [
+    "CompletionLogps",
+    "add_adapters",
+    "backbone",
+    "base_model",
+    "compile_layers",
+    "completion_logps",
+    "enable_packing",
+    "load_model",
+    "load_tokenizer",
+    "packed_hidden",
+    "packed_logprobs",
+    "packed_rewards",
+    "resolve_device",
+    "resolve_model",
+    "resolve_precision",
+    "without_adapters",
+]
+
+logger = logging.getLogger(__name__)
+
+
+class _Request(NamedTuple):
+    """What a packed call returns: hidden states, token log-probabilities, or rewards."""
+
+    batch: PackedBatch
+    head: Literal["hidden", "logprobs", "rewards"]
+    temperature: float = 1.0
+    chunk: int = 0
+    entropy: bool = False
+
+
+class CompletionLogps(NamedTuple):
+    """Log-probabilities of the C completions of a row."""
+
+    logps: Tensor
+    """(C,) float32: sum over counted tokens, in nats."""
+    lengths: Tensor
+    """(C,) counted tokens."""
+    logprobs: Tensor
+    """(T,) float32: per token."""
+
+
+def resolve_device(device: str) -> str:
+    """Return ``cuda`` or ``cpu`` for ``auto``, and what was asked for otherwise.
+
+    Raises:
+        InputError: CUDA was asked for and there is none.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device {device!r} was asked for, but no CUDA device is visible")
+    return "cuda" if device.startswith("cuda") else device
+
+
+def resolve_precision(precision: str, device: str) -> Literal["float32", "bfloat16", "autocast"]:
+    """Return the precision that ``auto`` means on ``device``."""
+    if precision == "auto":
+        return "bfloat16" if device == "cuda" else "float32"
+    return precision  # type: ignore[return-value]
+
+
+def resolve_model(name: str) -> str:
+    """Return the folder of an embedded ``pocket:`` model, and any other name as it is."""
+    if name.startswith("pocket:"):
+        from feedback.pocket import model_path
+
+        return str(model_path(name))
+    return name
+
+
+def load_tokenizer(options: TrainOptions) -> Any:
+    """Load the tokenizer, with the chat template given in the options.
+
+    Raises:
+        InputError: there is none in the folder.
+    """
+    from transformers import AutoTokenizer
+
+    name = options.tokenizer or resolve_model(options.model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=options.revision, trust_remote_code=options.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"no tokenizer in {name!r}: {error}") from error
+    if options.chat_template is not None:
+        if not options.chat_template.is_file():
+            raise InputError("no such chat template", path=options.chat_template)
+        tokenizer.chat_template = options.chat_template.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def load_model(
+    options: TrainOptions,
+    *,
+    tokenizer: Any,
+    kind: Literal["causal", "reward"] = "causal",
+    name: str | None = None,
+    shape: ModelShape | None = None,
+) -> Any:
+    """Load (or make) the model that ``options`` names, ready for packed rows, on its device.
+
+    Args:
+        options: model, precision, dropout, adapters and device are read.
+        tokenizer: its size and special tokens go into a model made from scratch.
+        kind: ``causal`` has a language-model head, ``reward`` one score per sequence.
+        name: another model than ``options.model`` (a reference).
+        shape: of a model from scratch, when ``options.model`` is ``scratch``.
+
+    Raises:
+        InputError: the model cannot be loaded, or its attention is not supported.
+    """
+    device = resolve_device(options.device)
+    precision = resolve_precision(options.precision, device)
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    wanted = name or options.model
+    if wanted == "scratch":
+        model = _from_scratch(shape or ModelShape(), tokenizer, options.seed).to(dtype)
+    else:
+        model = _from_pretrained(resolve_model(wanted), options, kind, dtype)
+    if not options.dropout:
+        _switch_off_dropout(model)
+    if options.quantize == "none":
+        model.to(device)
+    enable_packing(model)
+    return model
+
+
+def _from_pretrained(name: str, options: TrainOptions, kind: str, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    arguments: dict[str, Any] = {
+        "dtype": dtype,
+        "revision": options.revision if name == options.model else None,
+        "trust_remote_code": options.trust_remote_code,
+    }
+    if options.quantize != "none":
+        arguments["quantization_config"] = _quantization(options.quantize)
+    loader = AutoModelForCausalLM if kind == "causal" else AutoModelForSequenceClassification
+    if kind == "reward":
+        arguments["num_labels"] = 1
+    try:
+        return loader.from_pretrained(name, **arguments)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load model {name!r}: {error}") from error
+
+
+def _quantization(quantize: str) -> Any:
+    import importlib.util
+
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError("quantize needs the package bitsandbytes: pip install bitsandbytes")
+    if quantize == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def _from_scratch(shape: ModelShape, tokenizer: Any, seed: int) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    if shape.width % shape.heads or shape.heads % shape.kv_heads:
+        raise InputError(
+            f"width {shape.width} must be a multiple of heads {shape.heads}, and heads of kv_heads "
+            f"{shape.kv_heads}"
+        )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.width,
+        intermediate_size=shape.mlp,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=shape.max_positions,
+        tie_word_embeddings=shape.tied,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        initializer_range=shape.init_std,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def _switch_off_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if "attention_dropout" in vars(module):
+            module.attention_dropout = 0.0
+
+
+def base_model(model: Any) -> Any:
+    """Return the transformers model inside wrappers (DDP, compiled, PEFT)."""
+    from accelerate.utils import extract_model_from_parallel
+    from peft import PeftModel
+
+    model = extract_model_from_parallel(model, keep_fp32_wrapper=True)
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def backbone(model: Any) -> Any:
+    """Return the decoder stack without its head."""
+    base = base_model(model)
+    return getattr(base, base.base_model_prefix)
+
+
+def enable_packing(model: Any) -> None:
+    """Make ``model`` read packed rows; plain calls and generation work as before.
+
+    Raises:
+        InputError: the architecture does something packed rows do not reproduce.
+    """
+    base = base_model(model)
+    check_supported(base.config)
+    base.set_attn_implementation(NAME)
+    plain = base.forward
+
+    @functools.wraps(plain)
+    def forward(*args: Any, packed: _Request | None = None, **kwargs: Any) -> Any:
+        return plain(*args, **kwargs) if packed is None else _packed_forward(base, packed)
+
+    base.forward = forward
+
+
+def _packed_forward(base: Any, request: _Request) -> Any:
+    batch = request.batch
+    hidden: Tensor = getattr(base, base.base_model_prefix)(
+        input_ids=batch.input_ids[None],
+        position_ids=batch.position_ids[None],
+        use_cache=False,
+        **attention_inputs(batch),
+    ).last_hidden_state[0]
+    if request.head == "hidden":
+        return hidden
+    if request.head == "rewards":
+        return base.score(hidden[batch.last_tokens])[:, 0].float()
+    head = base.get_output_embeddings()
+    # Prompts end here: only positions that predict a counted token reach the head.
+    chosen, weight, bias = hidden[batch.predictors], head.weight, head.bias
+    if torch.is_autocast_enabled(chosen.device.type):
+        chosen = chosen.to(torch.get_autocast_dtype(chosen.device.type))
+    return token_logprobs(
+        chosen,
+        weight.to(chosen.dtype),
+        targets=batch.targets,
+        head_bias=bias,
+        temperature=request.temperature,
+        chunk=request.chunk,
+        entropy=request.entropy,
+    )
+
+
+def packed_hidden(model: Any, batch: PackedBatch) -> Tensor:
+    """Return the last hidden states of a row, (S, H)."""
+    return model(packed=_Request(batch, "hidden"))
+
+
+def packed_rewards(model: Any, batch: PackedBatch) -> Tensor:
+    """Return a reward model's score at each completion's last token, (C,) float32."""
+    return model(packed=_Request(batch, "rewards"))
+
+
+def packed_logprobs(
+    model: Any,
+    batch: PackedBatch,
+    *,
+    temperature: float = 1.0,
+    chunk: int = 0,
+    entropy: bool = False,
+) -> TokenLogprobs:
+    """Return the log-probability of every counted completion token, (T,) float32."""
+    result = model(packed=_Request(batch, "logprobs", temperature, chunk, entropy))
+    return TokenLogprobs(*result)
+
+
+def completion_logps(model: Any, batch: PackedBatch, *, chunk: int = 0) -> CompletionLogps:
+    """Return the summed log-probability of every completion of a row."""
+    tokens = packed_logprobs(model, batch, chunk=chunk)
+    logps = sum_per_completion(tokens.logprobs, batch.owners, completions=len(batch))
+    return CompletionLogps(logps, batch.lengths, tokens.logprobs)
+
+
+def compile_layers(model: Any) -> None:
+    """Compile every decoder layer; all share one compiled graph per row length."""
+    # Rows come in a few lengths, and each is a graph of its own.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    for layer in backbone(model).layers:
+        layer.compile(dynamic=False)
+
+
+def add_adapters(
+    model: Any, options: TrainOptions, *, modules_to_save: tuple[str, ...] = ()
+) -> Any:
+    """Return the model with LoRA adapters, or as it is when ``lora_rank`` is 0.
+
+    Raises:
+        InputError: the output embedding is among the targets, or none of the targets exist.
+    """
+    if not options.lora_rank:
+        return model
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if "lm_head" in options.lora_targets:
+        raise InputError("lora_targets: adapters on lm_head are not supported; train it whole")
+    if options.quantize != "none":
+        model = prepare_model_for_kbit_training(
+            model, use_gradient_checkpointing=options.gradient_checkpointing
+        )
+    targets = options.lora_targets
+    config = LoraConfig(
+        r=options.lora_rank,
+        lora_alpha=options.lora_alpha or 2 * options.lora_rank,
+        lora_dropout=options.lora_dropout,
+        target_modules=targets[0] if targets == ("all-linear",) else list(targets),
+        modules_to_save=list(modules_to_save) or None,
+        task_type="CAUSAL_LM" if not modules_to_save else "SEQ_CLS",
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise InputError(f"lora_targets {targets}: {error}") from error
+
+
+@contextlib.contextmanager
+def without_adapters(model: Any) -> Iterator[None]:
+    """Run the block with LoRA adapters switched off: the model as it was before training."""
+    from peft import PeftModel
+
+    context = model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext()
+    with context:
+        yield
+
