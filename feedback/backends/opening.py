@@ -1,0 +1,79 @@
+"""Opening an engine by its options; the engine's module loads only then.
+
+Each engine module has a function ``open_engine(options, path)``: ``options`` as the user gave them
+(``options.model`` is the name that verdicts record), ``path`` what the engine should load.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from pathlib import Path
+
+from feedback.backends import Backend
+from feedback.config import EngineOptions
+from feedback.errors import BackendError
+
+__all__ = ["local_revision", "open_backend", "resolve_model"]
+
+_BLOCK = 1 << 16
+_BLOCKS_PER_FILE = 64
+# Package of the engine and what installs it.
+_NEEDS = {
+    "transformers": ("transformers", "pip install 'rlaif[train]'"),
+    "vllm": ("vllm", "pip install 'rlaif[vllm]'"),
+}
+
+
+def open_backend(options: EngineOptions) -> Backend:
+    """Return the engine that ``options`` name, ready to judge and sample.
+
+    Raises:
+        BackendError: the engine is not installed, or cannot load the model.
+    """
+    path = resolve_model(options.model)
+    try:
+        module = importlib.import_module(f"feedback.backends.{options.backend}")
+        backend: Backend = module.open_engine(options, path)
+    except ModuleNotFoundError as error:
+        package, command = _NEEDS.get(options.backend, (options.backend, "pip install rlaif"))
+        raise BackendError(
+            f"backend {options.backend!r} needs the package {error.name or package!r}: {command}"
+        ) from error
+    return backend
+
+
+def resolve_model(name: str) -> str:
+    """Return what to load for a model name: the folder of an embedded model, or the name itself.
+
+    Raises:
+        BackendError: there is no embedded model of that name.
+    """
+    if not name.startswith("pocket:"):
+        return name
+    from feedback.pocket import model_path
+
+    return str(model_path(name))
+
+
+def local_revision(path: str | Path) -> str | None:
+    """Return a fingerprint of a model folder's files, or None if ``path`` is not a folder.
+
+    Names, sizes and 64 blocks spread over each file are hashed: cheap for any size, and two
+    checkpoints of one run differ in it.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix not in (".safetensors", ".bin", ".json", ".jinja", ".model", ".gguf"):
+            continue
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}\n".encode())
+        step = max(size // _BLOCKS_PER_FILE, _BLOCK)
+        with file.open("rb") as stream:
+            for start in range(0, size, step):
+                stream.seek(start)
+                digest.update(stream.read(_BLOCK))
+    return digest.hexdigest()[:16]
