@@ -1,8 +1,8 @@
 """Pages: one self-contained HTML file each, that loads nothing from anywhere.
 
-``components``, ``plots`` and ``browser`` make the blocks, ``shell`` puts them into a page; the run's
-report, the judge's report card, comparisons and A/B tests are built from those. ``rlaif page RUN``
-writes the report of a whole run.
+``components``, ``plots`` and ``browser`` make the blocks, ``shell`` puts them into a page; the
+report of a run, the judge's report card, comparisons and A/B tests are built from those.
+``rlaif page RUN`` writes the report of a whole run.
 """
 
 from __future__ import annotations

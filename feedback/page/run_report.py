@@ -178,8 +178,8 @@ def _figure(value: dict[str, Any], words: tuple[str, ...]) -> FigureRow:
     name = ".".join(words)
     share = "rate" in name or "share" in name or "win" in name or "accuracy" in name
     low, high, middle = value.get("low"), value.get("high"), float(value["value"])
-    known = [float(bound) for bound in (low, high, middle) if _is_number(bound)]
-    scale = (0.0, 1.0) if 0 <= min(known) and max(known) <= 1 else _scale(min(known), max(known))
+    known = [middle, *(float(bound) for bound in (low, high) if bound is not None)]
+    scale = (0.0, 1.0) if min(known) >= 0 and max(known) <= 1 else _scale(min(known), max(known))
     estimate = Estimate(
         middle,
         low,
@@ -261,7 +261,7 @@ def _labels(run_folder: Path) -> Section | None:
         FigureRow(
             label="Sure labels",
             estimate=proportion(sure > 0.9, groups),
-            meaning="Share of pairs with P(chosen) above 0.9; the rest carry their doubt with them.",
+            meaning="Share of pairs with P(chosen) above 0.9; the rest keep their doubt.",
         ),
         FigureRow(
             label="Ties",

@@ -1,8 +1,8 @@
 """Text of unknown origin, made safe to look at and safe to embed.
 
-Escaping of markup is jinja's work (autoescape) and the browser's (``textContent``). What is left is
-text that is harmless as markup but lies to the eye: terminal escapes, direction overrides, invisible
-tag characters that hide instructions. Those become visible names.
+Escaping of markup is jinja's work (autoescape) and the browser's (``textContent``). What is left
+is text that is harmless as markup but lies to the eye: terminal escapes, direction overrides,
+invisible tag characters that hide instructions. Those become visible names.
 """
 
 from __future__ import annotations
