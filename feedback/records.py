@@ -19,6 +19,7 @@ __all__ = [
     "Candidates",
     "Comparison",
     "Completion",
+    "GoldPair",
     "JudgeIdentity",
     "Message",
     "Outcome",
@@ -205,11 +206,29 @@ class Ranking:
     source: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoldPair:
+    """Which of two completions people (or a construction) say is better; judges are held to it."""
+
+    prompt_id: str
+    a: str
+    b: str
+    """Completion ids."""
+    label: Literal["a", "b", "tie"]
+    votes: list[Literal["a", "b", "tie"]] = field(default_factory=list)
+    """One label per person, where several were asked."""
+    annotators: list[str] = field(default_factory=list)
+    """Who gave each vote; empty: unknown."""
+    gap: float | None = None
+    """How far apart the two are, >= 0, where a scale exists (scores, votes)."""
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
 Record = TypeVar("Record")
 _encoder = msgspec.json.Encoder()
 _decoders: dict[type, msgspec.json.Decoder[Any]] = {
     kind: msgspec.json.Decoder(kind)
-    for kind in (Prompt, Candidates, Verdict, Comparison, Preference, Ranking)
+    for kind in (Prompt, Candidates, Verdict, Comparison, Preference, Ranking, GoldPair)
 }
 
 

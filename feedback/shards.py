@@ -27,6 +27,7 @@ from feedback.errors import InputError, ShardError
 from feedback.records import (
     Candidates,
     Comparison,
+    GoldPair,
     Preference,
     Prompt,
     Ranking,
@@ -61,6 +62,7 @@ KINDS: dict[str, type] = {
     "comparisons": Comparison,
     "preferences": Preference,
     "rankings": Ranking,
+    "gold": GoldPair,
 }
 Record = TypeVar("Record")
 
