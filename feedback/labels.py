@@ -191,7 +191,7 @@ def find_ranking(text: str, labels: Sequence[str]) -> Chain | None:
     A chain that runs on to a label that was not shown is not complete.
     """
     label = "|".join(re.escape(name) for name in sorted(labels, key=len, reverse=True))
-    item = rf"(?:{_NOUN}\s*)?[\"'(\[]*(?<!\w)(?:{label})(?!\w)[\"')\]]*"
+    item = rf"[\"'(\[]*(?:{_NOUN}\s*)?[\"'(\[]*(?<!\w)(?:{label})(?!\w)[\"')\]]*"
     sign = r"[ \t]*(?:>+|≻|=+|≈)[ \t]*"
     chain = re.compile(rf"(?<!\w){item}(?:{sign}{item})+(?!{sign}\S)", re.IGNORECASE)
     for found in reversed(list(chain.finditer(text))):

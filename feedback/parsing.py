@@ -92,11 +92,10 @@ def _stated(
     lines = [line for line in plain.splitlines() if line.strip()]
     if all(bare(line) for line in lines):
         values = [read(line) for line in lines]
-        if any(value != values[0] for value in values):
+        if template.mode == "label" and any(value != values[0] for value in values):
             return Found(value=None, reason="several labels stand alone in it")
-        return Found(
-            value=values[0], reason="" if values[0] is not None else "not an offered label"
-        )
+        reason = "" if values[-1] is not None else "not an offered label"
+        return Found(value=values[-1], reason=reason)
     found = last_verdict(plain, words, read, bare=bare)
     if found.value is not None or found.marked or template.mode != "label":
         return found

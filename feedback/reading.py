@@ -54,9 +54,10 @@ def split_thinking(text: str) -> tuple[str, str, bool]:
 
 
 def plain_text(text: str) -> str:
-    r"""Return ``text`` without emphasis marks, and ``\boxed{}`` as ``[[ ]]``.
+    r"""Return ``text`` without emphasis marks, and with ``\boxed{}`` as ``[[ ]]``.
 
-    Compatibility forms are folded (full-width letters); line breaks stay. Look-alikes of other scripts stay what they are: a Cyrillic A is not an A.
+    Compatibility forms are folded (full-width letters); line breaks stay. Look-alikes of other
+    scripts stay what they are: a Cyrillic A is not an A.
     """
     text = unicodedata.normalize("NFKC", text)
     text = _BOXED.sub(r"[[\1]]", text)

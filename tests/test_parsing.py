@@ -1,4 +1,4 @@
-"""Replies to our own templates: the last verdict wins, only offered labels count, nothing is guessed."""
+"""Replies to our templates: the last verdict wins, only offered labels count, no guesses."""
 
 from __future__ import annotations
 
