@@ -70,7 +70,9 @@ class ChatFormat:
     def __init__(self, tokenizer: Any, *, report: DataReport | None = None):
         self.tokenizer = tokenizer
         self.templated = bool(tokenizer.chat_template)
-        self.end_ids = self._find_end()
+        self.end_ids: list[int] = self._find_end()
+        """Token ids that end a completion."""
+        self.end_text: str = tokenizer.decode(self.end_ids, skip_special_tokens=False)
         if report and tokenizer.pad_token_id in self.end_ids:
             report.warn(
                 f"the pad token {tokenizer.pad_token!r} also ends completions: harmless here, "
@@ -130,15 +132,13 @@ class ChatFormat:
             )
         return prompt
 
-    def prompt_ids(self, prompts: Sequence[PromptText]) -> list[np.ndarray]:
-        """Return each prompt's token ids; an empty one is the BOS (or EOS) token alone."""
-        if not prompts:
+    def prompt_ids(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return the token ids of prompts from ``prompt_text``; an empty one is BOS (or EOS)."""
+        if not texts:
             return []
-        texts = [self.prompt_text(prompt) for prompt in prompts]
         # A template writes BOS itself; a second one would be a different prompt.
-        encoded = self.tokenizer(texts, add_special_tokens=not self.templated)["input_ids"]
-        start = self.tokenizer.bos_token_id
-        start = self.tokenizer.eos_token_id if start is None else start
+        encoded = self.tokenizer(list(texts), add_special_tokens=not self.templated)["input_ids"]
+        start = self._start_id()
         rows = []
         for ids in encoded:
             if not self.templated and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
@@ -148,7 +148,27 @@ class ChatFormat:
 
     def completion_ids(self, completions: Sequence[str]) -> list[np.ndarray]:
         """Return each completion's token ids with the end-of-turn tokens."""
-        if not completions:
+        ends = np.asarray(self.end_ids, dtype=np.int32)
+        return [np.concatenate([ids, ends]) for ids in self.plain_ids(completions)]
+
+    def plain_ids(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return each text's token ids, nothing added."""
+        if not texts:
             return []
-        encoded = self.tokenizer(list(completions), add_special_tokens=False)["input_ids"]
-        return [np.asarray([*ids, *self.end_ids], dtype=np.int32) for ids in encoded]
+        encoded = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        return [np.asarray(ids, dtype=np.int32) for ids in encoded]
+
+    def text_ids(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return each document's token ids, from BOS (or EOS) to EOS."""
+        start, end = self._start_id(), self.tokenizer.eos_token_id
+        end = self.end_ids[-1] if end is None else end
+        documents = []
+        for ids in self.plain_ids(texts):
+            head = [start] if start is not None and ids[:1].tolist() != [start] else []
+            tail = [end] if ids[-1:].tolist() != [end] else []
+            documents.append(np.concatenate([head, ids, tail]).astype(np.int32))
+        return documents
+
+    def _start_id(self) -> int | None:
+        start = self.tokenizer.bos_token_id
+        return self.tokenizer.eos_token_id if start is None else start

@@ -111,7 +111,7 @@ def read_groups(
     report = DataReport()
     chat = ChatFormat(tokenizer, report=report)
     drafts = _drafts(sources, report)
-    prompts = chat.prompt_ids([draft.prompt for draft in drafts])
+    prompts = chat.prompt_ids([chat.prompt_text(draft.prompt) for draft in drafts])
     texts = [text for draft in drafts for text in draft.completions]
     encoded = iter(chat.completion_ids(texts))
     groups: list[Group] = []

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from feedback.errors import InputError
@@ -137,6 +138,7 @@ def load_model(
     Raises:
         InputError: the model cannot be loaded, or its attention is not supported.
     """
+    transformers.utils.logging.disable_progress_bar()
     device = resolve_device(options.device)
     precision = resolve_precision(options.precision, device)
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32

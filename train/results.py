@@ -1,0 +1,268 @@
+"""From prepared parts to a finished run: resume or start, train, save, write down what happened.
+
+A run's folder ends up holding the model and its tokenizer, ``training.json`` (options, data,
+figures; written last, so its presence means that the run is complete), ``loss.jsonl``, and
+``README.md``, the model card.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from feedback.errors import InputError
+from feedback.records import content_id
+from feedback.shards import (
+    MANIFEST,
+    manifest_sha256,
+    package_versions,
+    read_manifest,
+    write_json,
+    write_text,
+)
+from train.chat import DataReport
+from train.config import TrainOptions
+from train.data import Group
+from train.models import resolve_model
+from train.trainer import Objective, PackedTrainer, newest_checkpoint
+
+__all__ = ["Trained", "announce", "finished", "fit"]
+
+# Options that change where or how fast a run goes, not what it computes.
+_FREE = {
+    "output",
+    "resume",
+    "save_every",
+    "keep_checkpoints",
+    "report_to",
+    "workers",
+    "peak_tflops",
+}
+RECORD = "training.json"
+
+
+class Trained(NamedTuple):
+    """A finished run."""
+
+    folder: Path
+    figures: dict[str, Any]
+    line: str
+    """One line for people: loss, speed, time."""
+
+
+def fit(
+    options: TrainOptions,
+    *,
+    command: str,
+    model: Any,
+    tokenizer: Any,
+    objective: Objective,
+    groups: Sequence[Group],
+    eval_groups: Sequence[Group] = (),
+    report: DataReport,
+    extra: dict[str, Any] | None = None,
+) -> Trained:
+    """Train, evaluate, save; continue from the last checkpoint of the same run if there is one.
+
+    Args:
+        options: the algorithm's options.
+        command: its name (sft, dpo ...).
+        model: from ``load_model``, with adapters if any.
+        tokenizer: of the model.
+        objective: the algorithm.
+        groups: to train on.
+        eval_groups: to evaluate on at the end, and every ``eval_every`` steps.
+        report: what reading the data found.
+        extra: more facts for ``training.json``.
+
+    Raises:
+        InputError: the folder holds a checkpoint of another run.
+    """
+    started = time.perf_counter()
+    output = options.output
+    output.mkdir(parents=True, exist_ok=True)
+    checkpoint = _checkpoint(options, command)
+    trainer = PackedTrainer(
+        model=model,
+        options=options,
+        objective=objective,
+        groups=groups,
+        eval_groups=eval_groups,
+        tokenizer=tokenizer,
+        curve=output / "loss.jsonl",
+    )
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    figures: dict[str, Any] = {"steps": trainer.state.global_step}
+    figures |= _last_losses(trainer.state.log_history)
+    figures |= trainer.throughput.summary()
+    if eval_groups:
+        figures |= trainer.evaluate()
+    figures["seconds"] = time.perf_counter() - started
+    if trainer.is_world_process_zero():
+        _save(trainer, output)
+        _record(options, command, figures, report, extra or {})
+    return Trained(output, figures, _line(command, figures, output))
+
+
+def announce(trained: Trained) -> None:
+    """Print the run's line on stdout."""
+    sys.stdout.write(trained.line + "\n")
+    sys.stdout.flush()
+
+
+def finished(options: TrainOptions, command: str) -> Trained | None:
+    """Return the run if the output folder holds it complete already, else None."""
+    path = options.output / RECORD
+    if not options.resume or not path.is_file():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if record.get("fingerprint") != _fingerprint(options, command):
+        return None
+    return Trained(options.output, record["figures"], f"{options.output} is complete already")
+
+
+def _fingerprint(options: TrainOptions, command: str) -> str:
+    """Return the hash of all that decides the run's result: options, data, starting weights."""
+    return content_id(command, _identity(options))
+
+
+def _identity(options: TrainOptions) -> dict[str, Any]:
+    values = {k: v for k, v in dataclasses.asdict(options).items() if k not in _FREE}
+    values["data_identity"] = [_source_identity(Path(source)) for source in options.data]
+    return json.loads(json.dumps(values, default=str, sort_keys=True))
+
+
+def _source_identity(source: Path) -> str:
+    if source.is_dir() and (source / MANIFEST).is_file():
+        return manifest_sha256(source)
+    files = sorted(source.iterdir()) if source.is_dir() else [source]
+    return content_id([(file.name, file.stat().st_size) for file in files if file.is_file()])
+
+
+def _checkpoint(options: TrainOptions, command: str) -> Path | None:
+    """Return the checkpoint to continue from, and note whose run this folder is."""
+    folder = options.output / "checkpoints"
+    path = options.output / "run.json"
+    identity = {"command": command, **_identity(options)}
+    if options.resume and folder.is_dir() and path.is_file():
+        newest = newest_checkpoint(folder)
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if newest is not None:
+            changed = [key for key in identity if identity[key] != known.get(key)]
+            if changed:
+                raise InputError(
+                    f"checkpoints of another run ({', '.join(changed)} differ); choose another "
+                    "output folder, or start over with --resume False",
+                    path=folder,
+                )
+            return newest
+    shutil.rmtree(folder, ignore_errors=True)
+    (options.output / RECORD).unlink(missing_ok=True)
+    write_json(path, identity)
+    return None
+
+
+def _save(trainer: PackedTrainer, output: Path) -> None:
+    """Write model and tokenizer beside the folder first, then move the files in."""
+    temporary = output / ".saving"
+    shutil.rmtree(temporary, ignore_errors=True)
+    trainer.save_model(str(temporary))
+    for stale in output.glob("model*.safetensors*"):
+        stale.unlink()
+    for path in temporary.iterdir():
+        if path.name != "training_args.bin":
+            os.replace(path, output / path.name)
+    shutil.rmtree(temporary)
+
+
+def _record(
+    options: TrainOptions,
+    command: str,
+    figures: dict[str, Any],
+    report: DataReport,
+    extra: dict[str, Any],
+) -> None:
+    sources = [_source_record(Path(source)) for source in options.data]
+    record = {
+        "command": command,
+        "fingerprint": _fingerprint(options, command),
+        "options": json.loads(json.dumps(dataclasses.asdict(options), default=str)),
+        "base_model": resolve_model(options.model),
+        "data": sources,
+        "data_report": report.as_dict(),
+        "figures": figures,
+        "versions": package_versions(),
+        **extra,
+    }
+    write_text(options.output / "README.md", _card(options, command, figures, report, sources))
+    write_json(options.output / RECORD, record)
+
+
+def _source_record(source: Path) -> dict[str, Any]:
+    record: dict[str, Any] = {"source": str(source), "identity": _source_identity(source)}
+    if source.is_dir() and (source / MANIFEST).is_file():
+        manifest = read_manifest(source)
+        record["rows"] = manifest["rows"]
+        record |= {key: manifest[key] for key in ("judge", "judges", "template") if key in manifest}
+    return record
+
+
+def _last_losses(history: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the last logged training figures, and the first loss."""
+    logged = [entry for entry in history if "loss" in entry]
+    if not logged:
+        return {}
+    skipped = ("epoch", "step")
+    last = {k: v for k, v in logged[-1].items() if k not in skipped and not k.startswith("speed/")}
+    return {"first_loss": logged[0]["loss"], **last}
+
+
+def _line(command: str, figures: dict[str, Any], output: Path) -> str:
+    parts = [f"{command}: {figures['steps']} steps in {figures['seconds']:.0f} s"]
+    if "loss" in figures:
+        parts.append(f"loss {figures['first_loss']:.4f} -> {figures['loss']:.4f}")
+    if "eval_loss" in figures:
+        parts.append(f"evaluation loss {figures['eval_loss']:.4f}")
+    if "real_tokens_per_s" in figures:
+        parts.append(f"{figures['real_tokens_per_s']:,.0f} real tokens/s")
+    if "mfu" in figures:
+        parts.append(f"MFU {figures['mfu']:.2f}")
+    if "peak_gib" in figures:
+        parts.append(f"peak {figures['peak_gib']:.1f} GiB")
+    return ", ".join(parts) + f"; model in {output}"
+
+
+def _card(
+    options: TrainOptions,
+    command: str,
+    figures: dict[str, Any],
+    report: DataReport,
+    sources: Sequence[dict[str, Any]],
+) -> str:
+    """Return the model card."""
+    numbers = {k: v for k, v in figures.items() if isinstance(v, int | float)}
+    rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in numbers.items())
+    data = "\n".join(
+        f"- `{entry['source']}`: {entry.get('rows', '?')} rows, identity `{entry['identity'][:16]}`"
+        + (f", judge `{json.dumps(entry['judge'])}`" if "judge" in entry else "")
+        for entry in sources
+    )
+    warnings = "\n".join(f"- {message}" for message in report.warnings) or "none"
+    recipe = json.dumps(dataclasses.asdict(options), default=str, indent=2)
+    return (
+        f"---\nlibrary_name: transformers\nbase_model: {options.model}\n"
+        f"tags: [rlaif, {command}]\n---\n\n"
+        f"# {options.output.name}\n\n"
+        f"`{options.model}` after `rlaif {command}`.\n\n"
+        f"## Data\n\n{data}\n\n{report.groups} prompts, {report.completions} completions, "
+        f"{report.pairs} pairs ({report.ties} ties).\n\nWarnings:\n\n{warnings}\n\n"
+        f"## Figures\n\n| figure | value |\n|---|---|\n{rows}\n\n"
+        f"## Recipe\n\n```json\n{recipe}\n```\n"
+    )
