@@ -155,7 +155,7 @@ def test_a_completion_that_was_cut_off_is_scored_without_an_end(reward_model: Re
     cut = reward_model.score(["Hi", "Hi"], ["Hello", "Hello"], ended=[False, True])
     torch.testing.assert_close(cut[1:], ended, atol=1e-5, rtol=0)
     chat = reward_model.chat
-    ids = [*chat.prompt_ids(["Hi"])[0], *chat.completion_ids(["Hello"])[0][: -len(chat.end_ids)]]
+    ids = [*chat.prompt_ids([chat.prompt_text("Hi")])[0], *chat.plain_ids(["Hello"])[0]]
     with torch.no_grad():
         plain = reward_model.model(input_ids=torch.tensor([[int(i) for i in ids]])).logits[0, 0]
     assert cut[0].item() == pytest.approx(plain.item(), abs=1e-5)

@@ -46,7 +46,7 @@ def test_vllm_gives_the_same_scores(tiny_model: Path, tmp_path: Path) -> None:
     model = fresh(wider_heads(tiny_model, tmp_path / "start"))
     model.save(tmp_path / "model")
     ours = model.score(PROMPTS, COMPLETIONS)
-    prompts = model.chat.prompt_ids(PROMPTS)
+    prompts = model.chat.prompt_ids([model.chat.prompt_text(prompt) for prompt in PROMPTS])
     completions = model.chat.completion_ids(COMPLETIONS)
     rows = [
         [int(token) for token in (*prompt, *completion)]

@@ -126,7 +126,7 @@ class RewardModel:
         keys = [content_id(prompt) for prompt in prompts]
         first = {key: number for number, key in reversed(list(enumerate(keys)))}
         order = list(dict.fromkeys(keys))
-        ids = self.chat.prompt_ids([prompts[first[key]] for key in order])
+        ids = self.chat.prompt_ids([self.chat.prompt_text(prompts[first[key]]) for key in order])
         prompt_ids = dict(zip(order, ids, strict=True))
         encoded = self.chat.completion_ids(completions)
         end = len(self.chat.end_ids)
