@@ -13,6 +13,7 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
+from urllib.parse import urlsplit, urlunsplit
 
 from feedback.errors import RecipeError, nearest
 
@@ -21,6 +22,7 @@ __all__ = [
     "build_options",
     "load_recipe",
     "option_values",
+    "recipe_of",
     "recipe_table",
     "required_fields",
 ]
@@ -113,6 +115,37 @@ def build_options(
         if name not in values:
             raise RecipeError(f"key {name!r} is missing", path=path)
     return kind(**values)
+
+
+def recipe_of(options: Any) -> dict[str, Any]:
+    """Return options as a manifest records them: plain JSON values, nothing secret in them.
+
+    Request headers become their names, and addresses lose user, password and query.
+    """
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return {
+                entry.name: public(entry.name, getattr(value, entry.name))
+                for entry in dataclasses.fields(value)
+            }
+        if isinstance(value, dict):
+            return {key: public(key, inner) for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(inner) for inner in value]
+        return str(value) if isinstance(value, Path) else value
+
+    def public(name: str, value: Any) -> Any:
+        if name == "headers" and isinstance(value, dict):
+            return sorted(value)
+        if name == "base_url" and isinstance(value, str):
+            parts = urlsplit(value)
+            host = parts.netloc.rpartition("@")[2]
+            return urlunsplit((parts.scheme, host, parts.path, "", ""))
+        return plain(value)
+
+    result: dict[str, Any] = plain(options)
+    return result
 
 
 def required_fields(kind: type[Any]) -> list[str]:

@@ -87,7 +87,7 @@ class ChatTokenizer:
         else:
             what = f"is {len(after) - len(before)} tokens there ({' '.join(map(repr, pieces))})"
         raise BackendError(
-            f"label {label!r} cannot be read as one token: where the judge's reply starts it {what}; "
+            f"label {label!r} is no single token: where the judge's reply starts, it {what}; "
             "give the template labels of one token for this tokenizer (A and B, or 1 and 2)"
         )
 

@@ -191,7 +191,7 @@ class _Settings(NamedTuple):
 
 
 def _new_cache(model: Any, capacity: int) -> Any:
-    """Return an empty cache: preallocated where all layers attend to everything, else the model's."""
+    """Return an empty cache: preallocated where every layer sees all, else the model's own."""
     from transformers import Cache, DynamicCache
 
     config = model.config.get_text_config(decoder=True)

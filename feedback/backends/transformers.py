@@ -32,6 +32,7 @@ _DECODE_BATCHES = 4
 # rounding in 16-bit types is far below what a model that cannot share produces.
 _SHARING_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
 Item = TypeVar("Item")
+Work = TypeVar("Work", "_Asked", "_Drawing")
 Result = TypeVar("Result")
 
 
@@ -233,13 +234,13 @@ class TransformersBackend:
 
     def _decode_batches(
         self,
-        items: list[Item],
-        reply_tokens: Callable[[Item], int],
-        copies: Callable[[Item], int] = lambda _: 1,
-    ) -> Iterator[list[Item]]:
+        items: list[Work],
+        reply_tokens: Callable[[Work], int],
+        copies: Callable[[Work], int] = lambda _: 1,
+    ) -> Iterator[list[Work]]:
         """Yield items of like prompt length, as many as keys and values may be held for."""
         budget = self.batch_tokens * _DECODE_BATCHES
-        batch: list[Item] = []
+        batch: list[Work] = []
         rows = longest = 0
         for item in sorted(items, key=lambda item: len(item.ids)):
             longest = max(longest, reply_tokens(item))

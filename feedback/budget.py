@@ -1,0 +1,186 @@
+"""What calls cost, and the limits that stop a run cleanly.
+
+Prices come from a TOML file that the user can edit (``prompts/prices.toml``). A limit is checked
+before a call is sent, with the calls in flight counted at their expected price, so that a run stops
+at the limit and not after it.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from feedback.backends import JudgeCall
+from feedback.errors import InputError, nearest
+from feedback.records import Message, Usage
+from feedback.templates import prompts_folder
+
+__all__ = ["Budget", "Price", "Spent", "estimate_tokens", "find_price"]
+
+# What a token of ordinary text holds, before a run has measured it.
+_CHARACTERS_PER_TOKEN = 4.0
+_TOKENS_PER_MESSAGE = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Price:
+    """Price of a model, in US dollars per million tokens."""
+
+    prompt: float
+    completion: float
+    cached: float | None = None
+    """Of prompt tokens read from the provider's cache; None: as ``prompt``."""
+    batch: float = 1.0
+    """Factor on all prices for calls through the Batch API."""
+
+    def of(self, usage: Usage, *, batch: bool = False) -> float:
+        """Return the price of one call in US dollars."""
+        cached = self.prompt if self.cached is None else self.cached
+        total = (
+            (usage.prompt_tokens - usage.cached_tokens) * self.prompt
+            + usage.cached_tokens * cached
+            + usage.completion_tokens * self.completion
+        )
+        return total / 1e6 * (self.batch if batch else 1.0)
+
+
+def find_price(model: str, prices: Path | None = None) -> Price | None:
+    """Return the price of ``model``, or None where the price file does not name it.
+
+    Raises:
+        InputError: the file is missing, or not a price table; names the key.
+    """
+    path = prices or prompts_folder() / "prices.toml"
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the price file: {error.strerror}", path=path) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"not valid TOML: {error}", path=path) from error
+    known = {name: _price(name, entry, path) for name, entry in table.items()}
+    fitting = [
+        name
+        for name in known
+        if model == name or re.fullmatch(re.escape(name) + r"[-@]\d[\d-]*", model)
+    ]
+    return known[max(fitting, key=len)] if fitting else None
+
+
+def _price(name: str, entry: Any, path: Path) -> Price:
+    names = {entry.name for entry in fields(Price)}
+    if not isinstance(entry, dict):
+        raise InputError(f"{name!r} is not a table of prices", path=path)
+    for key, value in entry.items():
+        if key not in names:
+            raise InputError(f"[{name}] unknown key {key!r}{nearest(key, names)}", path=path)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+            raise InputError(f"[{name}] {key} is {value!r}, not a price", path=path)
+    if missing := {"prompt", "completion"} - set(entry):
+        raise InputError(f"[{name}] has no {min(missing)!r}", path=path)
+    return Price(**entry)
+
+
+def estimate_tokens(
+    messages: Sequence[Message],
+    reply_tokens: int,
+    characters_per_token: float = _CHARACTERS_PER_TOKEN,
+) -> Usage:
+    """Return the tokens a call will take, from its number of characters."""
+    characters = sum(len(turn["content"]) for turn in messages)
+    return Usage(
+        prompt_tokens=round(characters / characters_per_token)
+        + _TOKENS_PER_MESSAGE * len(messages),
+        completion_tokens=reply_tokens,
+    )
+
+
+@dataclass(slots=True, kw_only=True)
+class Spent:
+    """Running totals of a run."""
+
+    calls: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """Prompt and completion tokens."""
+        return self.prompt_tokens + self.completion_tokens
+
+    def add(self, usage: Usage, cost: float) -> None:
+        """Count one answered call."""
+        self.calls += 1
+        self.prompt_tokens += usage.prompt_tokens
+        self.cached_tokens += usage.cached_tokens
+        self.completion_tokens += usage.completion_tokens
+        self.cost += cost
+
+
+@dataclass(slots=True, kw_only=True)
+class Budget:
+    """Limits of a run, what it has spent and what is under way.
+
+    ``admit`` before a call is sent, ``settle`` when it is answered. The limits hold
+    for one run: continuing an interrupted one starts from zero.
+    """
+
+    price: Price | None = None
+    batch: bool = False
+    max_cost: float | None = None
+    """US dollars."""
+    max_calls: int | None = None
+    max_tokens: int | None = None
+    """Prompt plus completion tokens."""
+    spent: Spent = field(default_factory=Spent)
+    reached: str = ""
+    """The limit that stopped the run, in words; empty while none has."""
+    _open: dict[str, tuple[int, float, int]] = field(default_factory=dict)
+    _open_tokens: int = 0
+    _open_cost: float = 0.0
+    _characters: int = 0
+    _measured_tokens: int = 0
+
+    def expect(self, call: JudgeCall) -> Usage:
+        """Return the tokens that a call is expected to take, by what this run has measured."""
+        if self._measured_tokens > 1000:
+            ratio = self._characters / self._measured_tokens
+            return estimate_tokens(call.messages, call.max_tokens, ratio)
+        return estimate_tokens(call.messages, call.max_tokens)
+
+    def admit(self, call: JudgeCall) -> bool:
+        """Return whether a call fits into the limits; if so, count it as under way."""
+        usage = self.expect(call)
+        tokens = usage.prompt_tokens + usage.completion_tokens
+        cost = 0.0 if self.price is None else self.price.of(usage, batch=self.batch)
+        checks = (
+            ("calls", self.max_calls, self.spent.calls + len(self._open) + 1, "{:d}"),
+            ("tokens", self.max_tokens, self.spent.tokens + self._open_tokens + tokens, "{:d}"),
+            ("cost", self.max_cost, self.spent.cost + self._open_cost + cost, "${:.4g}"),
+        )
+        for name, limit, value, style in checks:
+            if limit is not None and value > limit:
+                self.reached = f"--max-{name} {style.format(limit)}"
+                return False
+        characters = sum(len(turn["content"]) for turn in call.messages)
+        self._open[call.call_id] = (tokens, cost, characters)
+        self._open_tokens += tokens
+        self._open_cost += cost
+        return True
+
+    def settle(self, call_id: str, usage: Usage) -> float:
+        """Count an answered call; return its cost in US dollars."""
+        tokens, expected, characters = self._open.pop(call_id)
+        self._open_tokens -= tokens
+        self._open_cost -= expected
+        if usage.prompt_tokens:
+            self._characters += characters
+            self._measured_tokens += usage.prompt_tokens
+        cost = 0.0 if self.price is None else self.price.of(usage, batch=self.batch)
+        self.spent.add(usage, cost)
+        return cost

@@ -1,0 +1,109 @@
+"""Replies of earlier runs, found again by what was asked: an embedded, content-addressed cache.
+
+The key is the judge, the messages as sent, the sampling settings and the offered choices; the value
+is the engine's reply. A changed pairing, a second run or a widened set of candidates never pays
+twice for the same call. Failures are not kept. Several processes may share one file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sqlite3
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from feedback.backends import JudgeCall, JudgeReply
+from feedback.errors import InputError
+from feedback.records import JudgeIdentity, content_id
+
+__all__ = ["ReplyCache"]
+
+_COMMIT_EVERY = 500
+_WAIT_S = 60.0
+
+
+class ReplyCache:
+    """Replies on disk in one SQLite file.
+
+    Args:
+        path: of the file; made if missing.
+        identity: the judge whose replies are kept.
+
+    Raises:
+        InputError: the file is not a cache of ours.
+    """
+
+    def __init__(self, path: Path, identity: JudgeIdentity):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.identity = identity
+        self.hits = 0
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(JudgeReply)
+        self._lock = threading.Lock()
+        self._pending = 0
+        try:
+            self._database = sqlite3.connect(path, check_same_thread=False, timeout=_WAIT_S)
+            self._database.execute("PRAGMA journal_mode = WAL")
+            self._database.execute("PRAGMA synchronous = NORMAL")
+            self._database.execute(
+                "CREATE TABLE IF NOT EXISTS reply (key BLOB PRIMARY KEY, value BLOB) WITHOUT ROWID"
+            )
+        except sqlite3.DatabaseError as error:
+            raise InputError(f"not a reply cache: {error}; name another file", path=path) from error
+
+    def _key(self, call: JudgeCall, repeat: int) -> bytes:
+        judge = self.identity
+        text = content_id(
+            [judge.model, judge.revision, judge.endpoint],
+            call.messages,
+            [call.choices, call.max_tokens, call.temperature, call.seed, call.schema, repeat],
+            length=40,
+        )
+        return bytes.fromhex(text)
+
+    def get(self, call: JudgeCall, *, repeat: int = 0) -> JudgeReply | None:
+        """Return the reply to the same call in an earlier run, under this call's id."""
+        with self._lock:
+            found = self._database.execute(
+                "SELECT value FROM reply WHERE key = ?", (self._key(call, repeat),)
+            ).fetchone()
+        if found is None:
+            return None
+        self.hits += 1
+        reply: JudgeReply = self._decoder.decode(found[0])
+        return dataclasses.replace(reply, call_id=call.call_id)
+
+    def put(self, call: JudgeCall, reply: JudgeReply, *, repeat: int = 0) -> None:
+        """Keep a reply; one that failed is not kept."""
+        if reply.error is not None:
+            return
+        value = self._encoder.encode(reply)
+        with self._lock:
+            self._database.execute(
+                "INSERT OR REPLACE INTO reply VALUES (?, ?)", (self._key(call, repeat), value)
+            )
+            self._pending += 1
+            if self._pending >= _COMMIT_EVERY:
+                self._database.commit()
+                self._pending = 0
+
+    def close(self) -> None:
+        """Commit and close the file."""
+        with self._lock:
+            self._database.commit()
+            self._database.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

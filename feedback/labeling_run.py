@@ -1,0 +1,212 @@
+"""Streaming questions through an engine into a verdict folder: nothing twice, nothing lost.
+
+``run.json`` in the folder says what the verdicts in it depend on; a run that would mix in others is
+refused. It is written before the first call, the manifest after the last.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from feedback.backends import Backend, JudgeCall
+from feedback.budget import Budget
+from feedback.cache import ReplyCache
+from feedback.errors import ShardError
+from feedback.judge import Asked, Judge, Question
+from feedback.progress import ProgressBar
+from feedback.records import Usage, Verdict, encode
+from feedback.shards import ShardWriter, write_json
+from feedback.verdict_index import FAILED, VerdictIndex
+
+__all__ = ["RUN_RECORD", "LabelingRun", "RunTotals", "claim_folder"]
+
+RUN_RECORD = "run.json"
+
+
+def claim_folder(folder: Path, record: dict[str, Any]) -> None:
+    """Write what the folder's verdicts depend on, or check that it is the same as before.
+
+    Raises:
+        ShardError: the folder was begun with other settings; names the first that differs.
+    """
+    path = folder / RUN_RECORD
+    record = json.loads(json.dumps(record))
+    if not path.is_file():
+        write_json(path, record)
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    for key in sorted(set(record) | set(before)):
+        if record.get(key) != before.get(key):
+            raise ShardError(
+                f"was begun with another {key} ({before.get(key)!r}, now {record.get(key)!r}); "
+                "give another --out, or remove the folder (the cache keeps paid replies)",
+                path=folder,
+            )
+
+
+@dataclass(slots=True)
+class RunTotals:
+    """What one run did."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    from_cache: int = 0
+    already_done: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+    cpu_started: float = field(default_factory=time.process_time)
+
+    def add(self, verdict: Verdict) -> None:
+        """Count a verdict of this run."""
+        self.outcomes[verdict.outcome] += 1
+        self.cost += verdict.cost
+        if verdict.cached:
+            self.from_cache += 1
+            return
+        self.prompt_tokens += verdict.usage.prompt_tokens
+        self.cached_tokens += verdict.usage.cached_tokens
+        self.completion_tokens += verdict.usage.completion_tokens
+
+    @property
+    def verdicts(self) -> int:
+        """Verdicts of this run, failed calls included."""
+        return self.outcomes.total()
+
+    def line(self) -> str:
+        """Return the closing line: what was done, how fast, and what it cost."""
+        seconds = max(time.perf_counter() - self.started, 1e-9)
+        cpu = time.process_time() - self.cpu_started
+        count = max(self.verdicts, 1)
+        tokens = self.prompt_tokens + self.completion_tokens
+        shared = self.cached_tokens / max(self.prompt_tokens, 1)
+        outcomes = ", ".join(f"{name} {number}" for name, number in self.outcomes.most_common())
+        return (
+            f"{self.verdicts} verdicts in {seconds:.1f} s ({outcomes or 'nothing to ask'}): "
+            f"{self.verdicts / seconds:.1f} verdicts/s, {tokens / seconds:.0f} tokens/s, "
+            f"prefix reuse {shared:.0%}, from cache {self.from_cache / count:.0%}, "
+            f"{cpu / count * 1000:.2f} CPU ms per verdict, cost ${self.cost:.4f}"
+        )
+
+
+class LabelingRun:
+    """One run over one verdict folder.
+
+    Args:
+        judge: asks and reads.
+        backend: answers.
+        folder: made if missing; locked until ``close``.
+        budget: limits and prices.
+        cache: replies of earlier runs, or None.
+
+    Raises:
+        ShardError: another run writes the folder.
+    """
+
+    def __init__(
+        self,
+        judge: Judge,
+        backend: Backend,
+        *,
+        folder: Path,
+        budget: Budget,
+        cache: ReplyCache | None = None,
+    ):
+        self.judge = judge
+        self.backend = backend
+        self.budget = budget
+        self.cache = cache
+        self.totals = RunTotals()
+        self._open: dict[str, Asked] = {}
+        self.writer = ShardWriter[Verdict](folder, "verdicts")
+        try:
+            self._index = VerdictIndex(folder)
+            # What failed before is asked again now, so its old rows go.
+            self._failed: BinaryIO = (folder / FAILED).open("wb")
+        except BaseException:
+            self.writer.close()
+            raise
+
+    def ask_all(self, questions: Iterable[Question], bar: ProgressBar) -> None:
+        """Ask what is not on disk yet, and write each verdict as it comes."""
+        self._bar = bar
+        for reply in self.backend.judge(self._calls(questions)):
+            asked = self._open.pop(reply.call_id, None)
+            if asked is None:
+                continue  # an engine that answers twice is heard once
+            cost = self.budget.settle(reply.call_id, reply.usage)
+            verdict = self.judge.read(asked, reply, cost=cost)
+            if self.cache is not None and verdict.outcome != "failed":
+                self.cache.put(asked.call, reply, repeat=asked.question.repeat)
+            self._keep(verdict)
+        for asked in self._open.values():
+            self.budget.settle(asked.call.call_id, Usage())
+            self._keep(self.judge.lost(asked))
+        self._open.clear()
+
+    def _calls(self, questions: Iterable[Question]) -> Iterator[JudgeCall]:
+        prompt_id, done = None, set[str]()
+        for question in questions:
+            if question.prompt_id != prompt_id:
+                prompt_id = question.prompt_id
+                done = self._index.ids(prompt_id) if self._index.rows else set()
+            verdict_id = self.judge.verdict_id(question)
+            if verdict_id in done:
+                self.totals.already_done += 1
+                self._bar.advance()
+                continue
+            asked = self.judge.ask(question, verdict_id)
+            if self.cache is not None:
+                reply = self.cache.get(asked.call, repeat=question.repeat)
+                verdict = None if reply is None else self.judge.read(asked, reply, cached=True)
+                if verdict is not None and verdict.outcome != "failed":
+                    self._keep(verdict)
+                    continue
+            if not self.budget.admit(asked.call):
+                return
+            self._open[verdict_id] = asked
+            yield asked.call
+
+    def _keep(self, verdict: Verdict) -> None:
+        if verdict.outcome == "failed":
+            self._failed.write(encode(verdict) + b"\n")
+            self._failed.flush()
+        else:
+            self.writer.append(verdict)
+        self.totals.add(verdict)
+        self._bar.advance(note=f"${self.totals.cost:.2f}" if self.totals.cost else "")
+
+    def finish(self, info: dict[str, Any]) -> None:
+        """Write the manifest: the folder is complete, except for calls that failed."""
+        # Over all runs that filled the folder: summed while the rows are counted.
+        totals: dict[str, float] = dict.fromkeys(
+            ("prompt_tokens", "cached_tokens", "completion_tokens", "cost", "from_cache"), 0
+        )
+
+        def count(verdict: Verdict) -> str:
+            totals["from_cache"] += verdict.cached
+            totals["cost"] += verdict.cost
+            if not verdict.cached:
+                totals["prompt_tokens"] += verdict.usage.prompt_tokens
+                totals["cached_tokens"] += verdict.usage.cached_tokens
+                totals["completion_tokens"] += verdict.usage.completion_tokens
+            return verdict.outcome
+
+        failed = self.totals.outcomes["failed"]
+        self._failed.close()
+        if not failed:
+            (self.writer.folder / FAILED).unlink()
+        self.writer.finish({**info, "failed": failed, "totals": totals}, count=count)
+
+    def close(self) -> None:
+        """Release the folder; without ``finish`` the run can be continued."""
+        self._failed.close()
+        self._index.close()
+        self.writer.close()
