@@ -162,7 +162,7 @@ def _given_gold(pairs: Pairs, resampler: Resampler) -> list[Figure]:
         Figure(
             name="length_bias.accuracy_longer_is_worse",
             label="Right where the longer is worse",
-            estimate=proportion(judge[~people] == False, pairs.prompt[rows][~people]),  # noqa: E712
+            estimate=proportion(~judge[~people], pairs.prompt[rows][~people]),
             meaning="Accuracy on pairs whose better answer is the shorter one.",
         ),
     ]  # fmt: skip
