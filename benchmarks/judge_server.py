@@ -23,7 +23,7 @@ _LENGTH = re.compile(rb"content-length:\s*(\d+)", re.IGNORECASE)
 _LOGPROBS = re.compile(rb'"logprobs":\s*true')
 
 
-class Endpoint:
+class _Endpoint:
     """The counts and the prepared replies."""
 
     def __init__(self, latency_s: float, answer: str, reject: bytes):
@@ -84,10 +84,10 @@ def _response(status: bytes, body: bytes) -> bytes:
     )
 
 
-class Connection(asyncio.Protocol):
+class _Connection(asyncio.Protocol):
     """One client connection; requests on it are answered in order."""
 
-    def __init__(self, endpoint: Endpoint, loop: asyncio.AbstractEventLoop):
+    def __init__(self, endpoint: _Endpoint, loop: asyncio.AbstractEventLoop):
         self.endpoint = endpoint
         self.loop = loop
         self.buffer = b""
@@ -139,11 +139,11 @@ class Connection(asyncio.Protocol):
             self.transport.write(reply)
 
 
-async def main(options: argparse.Namespace) -> None:
+async def _main(options: argparse.Namespace) -> None:
     loop = asyncio.get_running_loop()
-    endpoint = Endpoint(options.latency_ms / 1000, options.answer, options.reject.encode())
+    endpoint = _Endpoint(options.latency_ms / 1000, options.answer, options.reject.encode())
     server = await loop.create_server(
-        lambda: Connection(endpoint, loop), "127.0.0.1", options.port, backlog=4096
+        lambda: _Connection(endpoint, loop), "127.0.0.1", options.port, backlog=4096
     )
     print(f"ready on {server.sockets[0].getsockname()[1]}", flush=True)
     await server.serve_forever()
@@ -158,6 +158,6 @@ if __name__ == "__main__":
     try:
         import uvloop
 
-        uvloop.run(main(parser.parse_args()))
+        uvloop.run(_main(parser.parse_args()))
     except KeyboardInterrupt:
         pass

@@ -1,4 +1,4 @@
-"""A tiny judge that real vLLM serves, and the server: fixtures that conftest offers to all tests."""
+"""A tiny judge that real vLLM serves, and the server: fixtures that conftest offers."""
 
 from __future__ import annotations
 

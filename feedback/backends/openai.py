@@ -1,0 +1,360 @@
+"""Any OpenAI-compatible chat endpoint as a judge or a policy.
+
+Hosted APIs go through the ``openai`` package, servers of one's own through a lean HTTP path
+(``extra.transport`` decides otherwise). A sliding window of requests adapts to what the endpoint
+bears; what fails for a reason that may pass is tried again within limits, and what fails for good
+is a reply with ``error``. A ``BackendError`` ends the stream only when nothing gets through any
+more, so that a dead endpoint does not turn a million calls into a million failures.
+
+Keys come from the environment alone and appear in no message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from urllib.parse import urlsplit
+
+from feedback.backends import Capabilities, JudgeCall, JudgeReply, SampleCall, SampleReply
+from feedback.backends.chat_bodies import Bodies, Dialect
+from feedback.backends.chat_replies import SampleReading, read_judge, read_sample
+from feedback.backends.http import HttpTransport, Transport, needs_proxy
+from feedback.backends.limits import Gate, GateState
+from feedback.backends.probing import probe
+from feedback.backends.redacting import Redactor, endpoint_name
+from feedback.backends.retrying import RequestFailed, RetryBudget, RetryPolicy
+from feedback.backends.sdk import SdkTransport
+from feedback.backends.window import LoopThread, stream
+from feedback.config import EngineOptions, build_options
+from feedback.errors import BackendError
+from feedback.records import JudgeIdentity, Usage
+
+__all__ = ["EndpointExtra", "OpenAIBackend", "open_engine"]
+
+Reading = TypeVar("Reading")
+_HOSTED = (
+    "openai.com",
+    "azure.com",
+    "anthropic.com",
+    "googleapis.com",
+    "openrouter.ai",
+    "together.xyz",
+    "together.ai",
+    "fireworks.ai",
+    "mistral.ai",
+    "deepseek.com",
+    "groq.com",
+    "x.ai",
+    "deepinfra.com",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndpointExtra:
+    """Keys of ``extra`` that endpoints understand."""
+
+    transport: Literal["auto", "sdk", "http"] = "auto"
+    """The openai package or the lean path; auto: the package for known hosted APIs and where the
+    environment names a proxy."""
+    total_s: float = 900.0
+    """Seconds after its first failure at which a call is given up, waits included."""
+    first_wait_s: float = 0.5
+    """Ceiling of the first random wait before a retry; doubles each time."""
+    start_concurrency: int = 32
+    """Requests in flight at the beginning; doubles every round trip while all goes well."""
+    slow_s: float | None = None
+    """Smoothed latency at which fewer requests are kept in flight; None: half of timeout_s."""
+    split_n: bool = False
+    """Ask for n completions in n requests, for servers that ignore ``n``."""
+    headers: dict[str, str] | None = None
+    """Further request headers."""
+    body: dict[str, Any] | None = None
+    """Further fields of every request body, such as chat_template_kwargs."""
+
+
+class Exchange(NamedTuple, Generic[Reading]):
+    """A reading and what it took."""
+
+    reading: Reading
+    attempts: int
+    latency_s: float
+
+
+class OpenAIBackend:
+    """One model behind one OpenAI-compatible endpoint.
+
+    Args:
+        options: ``model``, ``base_url``, ``api_key_env``, the limits, and ``extra`` as in
+            ``EndpointExtra``.
+
+    Raises:
+        BackendError: the key that a hosted API needs is not in the environment.
+        RecipeError: ``extra`` holds an unknown key.
+    """
+
+    def __init__(self, options: EngineOptions):
+        self.options = options
+        self.extra = build_options(EndpointExtra, options.extra)
+        self._key = os.environ.get(options.api_key_env) or None
+        self.redact = Redactor(_secrets(options.base_url or "", self._key, self.extra.headers))
+        host = endpoint_name(options.base_url or "https://api.openai.com")
+        hosted = any(host == name or host.endswith(f".{name}") for name in _HOSTED)
+        proxied = options.base_url is not None and needs_proxy(options.base_url)
+        self.uses_sdk = self.extra.transport == "sdk" or (
+            self.extra.transport == "auto" and (hosted or proxied)
+        )
+        if hosted and self._key is None:
+            raise BackendError(
+                f"{host} needs a key: set the environment variable {options.api_key_env} "
+                "(or name another one with api_key_env)"
+            )
+        self.identity = JudgeIdentity(model=options.model, revision=options.revision, endpoint=host)
+        self.bodies = Bodies(options.model, dialect=Dialect(), extra=self.extra.body)
+        # Room for every open call to be retried once over; a long outage exceeds it.
+        self._budget = RetryBudget(max(1000.0, 8.0 * options.concurrency))
+        self._policy = RetryPolicy(
+            retries=options.max_retries,
+            total_s=self.extra.total_s,
+            budget=self._budget,
+            first_wait_s=self.extra.first_wait_s,
+        )
+        self._failures_in_a_row = 0
+        self._thread: LoopThread | None = None
+        self._transport: Transport | None = None
+        self._gate: Gate | None = None
+
+    # --- opening and closing -------------------------------------------------------------------
+
+    def open(self) -> LoopThread:
+        """Start the event loop and the connection pool, unless they run already."""
+        if self._thread is None:
+            self._thread = LoopThread()
+            self._thread.run(self._connect())
+        return self._thread
+
+    async def _connect(self) -> None:
+        options, extra = self.options, self.extra
+        headers = extra.headers
+        if self.uses_sdk:
+            self._transport = SdkTransport(
+                options.base_url,
+                key=self._key or "none",
+                timeout_s=options.timeout_s,
+                headers=headers,
+                redact=self.redact,
+            )
+        else:
+            self._transport = HttpTransport(
+                options.base_url or "https://api.openai.com/v1",
+                key=self._key,
+                timeout_s=options.timeout_s,
+                headers=headers,
+                redact=self.redact,
+            )
+        self._gate = Gate(
+            options.concurrency,
+            start=extra.start_concurrency,
+            slow_s=options.timeout_s / 2 if extra.slow_s is None else extra.slow_s,
+            requests_per_minute=options.requests_per_minute,
+            tokens_per_minute=options.tokens_per_minute,
+        )
+
+    def close(self) -> None:
+        """Close the connections and end the event loop."""
+        if self._thread is not None:
+            assert self._transport is not None
+            self._thread.run(self._transport.close())
+            self._thread.close()
+            self._thread = None
+
+    @property
+    def gate_state(self) -> GateState | None:
+        """Concurrency reached so far; None before the first request."""
+        return None if self._gate is None else self._gate.state
+
+    # --- the protocol --------------------------------------------------------------------------
+
+    def prepare(self, labels: tuple[str, ...]) -> Capabilities:
+        """Ask the endpoint what it can do, with a handful of one-token requests.
+
+        Raises:
+            BackendError: it cannot be reached, does not know the model, gives no log-probabilities,
+                or a label is not a single token there.
+        """
+        thread = self.open()
+        assert self._transport is not None
+        found = thread.run(
+            probe(self._transport, self.bodies, labels, endpoint=self.identity.endpoint or "")
+        )
+        self.bodies.dialect = found.dialect
+        return found.capabilities
+
+    def judge(self, calls: Iterable[JudgeCall]) -> Iterator[JudgeReply]:
+        """Yield one reply per call, as they finish.
+
+        Raises:
+            BackendError: nothing gets through any more.
+        """
+        return stream(self.open(), calls, self._judge, most=self._open_calls())
+
+    def sample(self, calls: Iterable[SampleCall]) -> Iterator[SampleReply]:
+        """Yield one reply per call, as they finish.
+
+        Raises:
+            BackendError: nothing gets through any more.
+        """
+        return stream(self.open(), calls, self._sample, most=self._open_calls())
+
+    def _open_calls(self) -> int:
+        """Calls taken ahead: enough that a place never stays free while the consumer writes."""
+        return self.options.concurrency + min(self.options.concurrency, 128)
+
+    # --- one call ------------------------------------------------------------------------------
+
+    async def _judge(self, call: JudgeCall) -> JudgeReply:
+        ids = self.bodies.token_ids(call.choices)
+        try:
+            body = self.bodies.judge(call)
+            reading, attempts, latency = await self._exchange(
+                body, lambda raw: read_judge(raw, call, ids), allowance=call.max_tokens
+            )
+        except ValueError as error:
+            return JudgeReply(call_id=call.call_id, error=str(error), attempts=0)
+        except RequestFailed as failure:
+            self._note_failure(failure)
+            return JudgeReply(call_id=call.call_id, error=str(failure), attempts=failure.attempts)
+        return JudgeReply(
+            call_id=call.call_id,
+            text=reading.text,
+            finish_reason=reading.finish_reason,
+            choice_logprobs=reading.choice_logprobs,
+            usage=reading.usage,
+            latency_s=latency,
+            attempts=attempts,
+        )
+
+    async def _sample(self, call: SampleCall) -> SampleReply:
+        try:
+            parts = await self._sample_parts(call)
+        except ValueError as error:
+            return SampleReply(call_id=call.call_id, error=str(error), attempts=0)
+        except RequestFailed as failure:
+            self._note_failure(failure)
+            return SampleReply(call_id=call.call_id, error=str(failure), attempts=failure.attempts)
+        readings = [part.reading for part in parts]
+        return SampleReply(
+            call_id=call.call_id,
+            texts=tuple(text for reading in readings for text in reading.texts),
+            finish_reasons=tuple(item for reading in readings for item in reading.finish_reasons),
+            logps=tuple(logp for reading in readings for logp in reading.logps),
+            usage=_total(reading.usage for reading in readings),
+            latency_s=max(part.latency_s for part in parts),
+            attempts=max(part.attempts for part in parts),
+        )
+
+    async def _sample_parts(self, call: SampleCall) -> list[Exchange[SampleReading]]:
+        if not self.extra.split_n or call.n == 1:
+            return [
+                await self._exchange(
+                    self.bodies.sample(call),
+                    lambda raw: read_sample(raw, call),
+                    allowance=call.n * call.max_tokens,
+                )
+            ]
+        bodies = [
+            # Equal seeds would give n equal completions.
+            self.bodies.sample(call, n=1, seed=None if call.seed is None else call.seed + index)
+            for index in range(call.n)
+        ]
+        return await asyncio.gather(
+            *(
+                self._exchange(
+                    body, lambda raw: read_sample(raw, call, n=1), allowance=call.max_tokens
+                )
+                for body in bodies
+            )
+        )
+
+    async def _exchange(
+        self, body: bytes, read: Callable[[bytes], Any], *, allowance: int
+    ) -> Exchange[Any]:
+        # Four bytes a token, the usual rule of thumb; corrected by what the reply reports.
+        tokens = len(body) / 4.0 + allowance if self.options.tokens_per_minute else 0.0
+        try:
+            exchange = await self._attempt(body, read, tokens)
+        except RequestFailed as failure:
+            if not failure.transient:
+                raise
+            exchange, attempts = await self._policy.run_again(
+                failure, lambda: self._attempt(body, read, tokens, again=True)
+            )
+            exchange = exchange._replace(attempts=attempts)
+        self._budget.earn()
+        self._failures_in_a_row = 0
+        return exchange
+
+    async def _attempt(
+        self, body: bytes, read: Callable[[bytes], Any], tokens: float, *, again: bool = False
+    ) -> Exchange[Any]:
+        gate, transport = self._gate, self._transport
+        assert gate is not None and transport is not None
+        entered = await gate.enter(tokens, again=again)
+        good = False
+        try:
+            reading = read(await transport.send(body))
+            good = True
+        except RequestFailed as failure:
+            if failure.congestion:
+                gate.congested(entered, failure.retry_after)
+            raise
+        finally:
+            latency = gate.leave(entered, good=good)
+        if tokens:
+            used = reading.usage.prompt_tokens + reading.usage.completion_tokens
+            if used:
+                gate.charge(used - tokens)
+        return Exchange(reading, 1, latency)
+
+    def _note_failure(self, failure: RequestFailed) -> None:
+        """Count a call that failed for good; raise when nothing gets through any more."""
+        if not (failure.transient or failure.fatal):
+            return  # this call's own fault
+        self._failures_in_a_row += 1
+        if self._failures_in_a_row >= max(32, self.options.concurrency // 4):
+            raise BackendError(
+                f"{self.identity.endpoint} failed {self._failures_in_a_row} calls in a row, the "
+                f"last with: {failure}. What is finished is kept; run the command again to go on"
+            )
+
+
+def open_engine(options: EngineOptions, path: str) -> OpenAIBackend:
+    """Return the backend; ``path`` is not used, since the endpoint holds the model."""
+    return OpenAIBackend(options)
+
+
+def _secrets(
+    base_url: str, key: str | None, headers: dict[str, str] | None
+) -> Iterator[str | None]:
+    """Everything that no message may show."""
+    yield key
+    yield from (headers or {}).values()
+    try:
+        url = urlsplit(base_url)
+    except ValueError:
+        yield base_url
+        return
+    if url.password:
+        yield url.password
+        yield f"{url.username}:{url.password}"
+
+
+def _total(usages: Iterable[Usage]) -> Usage:
+    parts = list(usages)
+    return Usage(
+        prompt_tokens=sum(part.prompt_tokens for part in parts),
+        cached_tokens=sum(part.cached_tokens for part in parts),
+        completion_tokens=sum(part.completion_tokens for part in parts),
+    )
