@@ -1,0 +1,192 @@
+"""Prompts to candidates: several completions per prompt, of one policy or of several.
+
+Policies take turns, so that one model is in memory at a time. Completions that are empty or repeat
+another of their prompt (after normalisation) are drawn again, up to a limit. Every row says how
+each completion was sampled and from which seed. A run that stopped continues where it was.
+
+``rlaif sample --prompts prompts/sets/booking-train.jsonl --out runs/x/candidates``
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from feedback.backends.opening import local_revision, open_backend, resolve_model
+from feedback.config import EngineOptions, recipe_of
+from feedback.errors import RecipeError
+from feedback.inputs import read_prompts
+from feedback.labeling_run import claim_folder
+from feedback.progress import say
+from feedback.records import Candidates, Prompt
+from feedback.sampling_run import SamplingRun, Stage
+from feedback.shards import file_sha256, shard_paths
+from feedback.templates import prompts_folder
+
+__all__ = ["SampleOptions", "prompt_source", "run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions:
+    """Prompts -> candidates."""
+
+    prompts: Path
+    """JSONL file of prompts: {"prompt": ...} with prompt_id, gold and meta if there are any; or the
+    name of a set in prompts/sets."""
+    out: Path
+    """Folder for the candidates; a run that stopped continues there."""
+    engine: EngineOptions = field(default_factory=lambda: EngineOptions(model="pocket:policy"))
+    """The policy."""
+    more: tuple[EngineOptions, ...] = ()
+    """Further policies; the completions of each prompt are shared out evenly."""
+    completions: int = 4
+    """Completions per prompt, over all policies."""
+    temperatures: tuple[float, ...] = (1.0,)
+    """Sampling temperatures; the completions of a policy take them in turn."""
+    top_p: float = 1.0
+    """Share of the probability that the nucleus holds."""
+    max_tokens: int = 256
+    """Longest completion in tokens."""
+    system: str | None = None
+    """System message put before every prompt that has none."""
+    refills: int = 2
+    """How often missing completions (failed, empty, repeated) are drawn again."""
+    seed: int = 0
+    """Seed of all draws; each call's own seed follows from it and stands in the row."""
+    limit: int | None = None
+    """Only so many prompts, from the top; None: all."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        if self.completions < 1 + len(self.more):
+            raise RecipeError(
+                f"completions is {self.completions}; each of the {1 + len(self.more)} policies "
+                "needs at least one"
+            )
+        if not self.temperatures or min(self.temperatures) < 0:
+            raise RecipeError("temperatures must be one or more numbers, each at least 0")
+        if not 0 < self.top_p <= 1:
+            raise RecipeError(f"top_p is {self.top_p}; it must be in (0, 1]")
+        if self.max_tokens < 1 or self.refills < 0:
+            raise RecipeError("max_tokens must be at least 1 and refills at least 0")
+
+
+def prompt_source(name: Path) -> Path:
+    """Return the file or folder of a prompt set: a path, or the name of a shipped set."""
+    shipped = prompts_folder() / "sets" / f"{name}.jsonl"
+    return shipped if not name.exists() and shipped.is_file() else name
+
+
+def run(options: SampleOptions) -> None:
+    """Sample completions for all prompts.
+
+    Raises:
+        InputError: the prompts are wrong; nothing has been sampled.
+        BackendError: a policy cannot be loaded.
+    """
+    source = prompt_source(options.prompts)
+    total = sum(1 for _ in _prompts(source, options.limit))
+    policies = (options.engine, *options.more)
+    stages = [
+        Stage(policy=place, attempt=attempt, wanted=wanted)
+        for place, wanted in enumerate(_shares(options.completions, len(policies)))
+        for attempt in range(options.refills + 1)
+    ]
+    sampling = SamplingRun(
+        options.out,
+        stages=stages,
+        temperatures=options.temperatures,
+        top_p=options.top_p,
+        max_tokens=options.max_tokens,
+        system=options.system,
+        seed=options.seed,
+    )
+    try:
+        claim_folder(options.out, _run_record(options, source))
+        for place, policy in enumerate(policies):
+            if not sampling.has_work(place, _rows(source, options.limit)):
+                continue
+            backend = open_backend(policy)
+            try:
+                sampling.run_policy(
+                    place, backend, lambda: _rows(source, options.limit), total=total
+                )
+            finally:
+                backend.close()
+        sampling.finish(_manifest(options, source, total, sampling.counts))
+    finally:
+        sampling.close()
+    _say_outcome(sampling, total)
+
+
+def _prompts(source: Path, limit: int | None) -> Iterator[Prompt]:
+    for number, prompt in enumerate(read_prompts(source)):
+        if limit is not None and number >= limit:
+            return
+        yield prompt
+
+
+def _rows(source: Path, limit: int | None) -> Iterator[Candidates]:
+    for prompt in _prompts(source, limit):
+        yield Candidates(
+            prompt_id=prompt.prompt_id,
+            prompt=prompt.prompt,
+            completions=[],
+            gold=prompt.gold,
+            meta=prompt.meta,
+        )
+
+
+def _shares(total: int, parts: int) -> list[int]:
+    return [total // parts + (place < total % parts) for place in range(parts)]
+
+
+def _run_record(options: SampleOptions, source: Path) -> dict[str, Any]:
+    """Return what the completions of a folder depend on."""
+    files = [source] if source.is_file() else shard_paths(source, "prompts")
+    return {
+        "prompts_sha256": [file_sha256(path) for path in files],
+        "policies": [
+            [policy.model, policy.revision, local_revision(resolve_model(policy.model))]
+            for policy in (options.engine, *options.more)
+        ],
+        "completions": options.completions,
+        "temperatures": options.temperatures,
+        "top_p": options.top_p,
+        "max_tokens": options.max_tokens,
+        "system": options.system,
+        "refills": options.refills,
+        "seed": options.seed,
+        "limit": options.limit,
+    }
+
+
+def _manifest(
+    options: SampleOptions, source: Path, total: int, counts: Counter[str]
+) -> dict[str, Any]:
+    return {
+        "stage": "sample",
+        **_run_record(options, source),
+        "prompts": total,
+        "drawn": dict(counts),
+        "recipe": recipe_of(options),
+    }
+
+
+def _say_outcome(sampling: SamplingRun, total: int) -> None:
+    counts = sampling.counts
+    say(
+        f"{total} prompts, {counts['kept']} completions kept of {counts['drawn']} drawn in this "
+        f"run ({counts['repeated']} repeated, {counts['empty']} empty, {counts['cut off']} cut off "
+        f"by max_tokens); {sampling.rate():.0f} tokens/s"
+    )
+    if counts["short"]:
+        say(f"{counts['short']} prompts have fewer completions than asked for")
+    if counts["failed"]:
+        say(
+            f"{counts['failed']} prompts failed (why: {sampling.folder / 'failed.jsonl'}); run the "
+            "same command again to retry only those"
+        )
