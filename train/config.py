@@ -283,8 +283,8 @@ class DpoOptions(TrainOptions):
     """RPO: implicit-reward units per unit of the rows' margin (score gap)."""
     rpo_form: Literal["target_to_policy", "policy_to_target", "squared"] = "target_to_policy"
     """RPO's distance to the target."""
-    tie_nu: float = 3.0
-    """Threshold of rao-kupper (> 1) or weight of davidson (> 0)."""
+    tie_nu: float | None = None
+    """Threshold of rao-kupper (> 1; None: 3) or weight of davidson (> 0; None: 1)."""
     ipo_averaged: bool = False
     """Divide IPO's log-ratios by the completion's length first, as TRL does."""
     reference_model: str | None = None
@@ -308,6 +308,30 @@ class DpoOptions(TrainOptions):
             raise RecipeError(f"{self.loss} models ties: ties = 'drop' would leave it none")
         if self.loss == "simpo" and (self.reference_model or self.reference_cache):
             raise RecipeError("simpo has no reference: remove reference_model and reference_cache")
+        self._refuse_inert()
+
+    def _refuse_inert(self) -> None:
+        """Refuse options that the chosen loss would ignore."""
+        ties = self.loss in ("rao-kupper", "davidson")
+        if self.tie_nu is not None and not ties:
+            raise RecipeError(f"tie_nu does nothing with loss {self.loss!r}; remove it")
+        if self.tie_nu is not None and self.tie_nu <= (self.loss == "rao-kupper"):
+            raise RecipeError("tie_nu must be greater than 1 (rao-kupper) or 0 (davidson)")
+        if self.label_smoothing and (ties or self.loss in ("rpo", "listwise")):
+            raise RecipeError(f"label_smoothing does nothing with loss {self.loss!r}; remove it")
+        if self.ipo_averaged and self.loss != "ipo":
+            raise RecipeError(f"ipo_averaged does nothing with loss {self.loss!r}; remove it")
+        if self.ld_alpha != 1 and self.loss in ("simpo", "listwise"):
+            raise RecipeError(f"ld_alpha is not defined for loss {self.loss!r}; remove it")
+        if self.loss == "listwise" and self.ties == "drop":
+            raise RecipeError(
+                "listwise reads rankings, not pairs: ties = 'drop' does nothing there"
+            )
+
+    @property
+    def nu(self) -> float:
+        """The tie models' parameter, with its default."""
+        return (3.0 if self.loss == "rao-kupper" else 1.0) if self.tie_nu is None else self.tie_nu
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,8 @@ Knows nothing about torch, rows or losses. Text rows for SFT are in ``train/docu
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -33,6 +34,7 @@ __all__ = [
     "TokenIds",
     "read_groups",
     "split_by_prompt",
+    "with_ranked_pairs",
 ]
 
 Overlong = Literal["truncate", "drop", "error"]
@@ -69,6 +71,8 @@ class Group:
     """Tied groups of completion indices, best first; empty: none known."""
     ref_logps: tuple[float, ...] = ()
     """Reference log-probability of each completion, once known."""
+    ref_logprobs: Sequence[np.ndarray] = ()
+    """The same per counted token."""
 
 
 @dataclass(slots=True)
@@ -353,3 +357,30 @@ def split_by_prompt(
             "eval_data"
         )
     return train, held_out
+
+
+def with_ranked_pairs(groups: Sequence[Group]) -> list[Group]:
+    """Return the groups, rankings without compared pairs given the pairs that their order implies.
+
+    Each two ranked completions make a pair: p = 1 for the better one (the margin is the gap of
+    their scores, where both have one), or a tie at p = 0.5 within a tied group.
+    """
+    return [
+        group
+        if group.pairs or not group.ranking
+        else dataclasses.replace(group, pairs=tuple(_implied_pairs(group)))
+        for group in groups
+    ]
+
+
+def _implied_pairs(group: Group) -> Iterator[Pair]:
+    for place, tied in enumerate(group.ranking):
+        for number, better in enumerate(tied):
+            yield from (Pair(better, other, 0.5, 1.0, True) for other in tied[number + 1 :])
+            for worse in itertools.chain(*group.ranking[place + 1 :]):
+                yield Pair(better, worse, margin=_score_gap(group, better, worse))
+
+
+def _score_gap(group: Group, better: int, worse: int) -> float:
+    high, low = (group.scores[i] if group.scores else None for i in (better, worse))
+    return max(0.0, high - low) if high is not None and low is not None else 0.0

@@ -318,12 +318,22 @@ def completion_logps(model: Any, batch: PackedBatch, *, chunk: int = 0) -> Compl
     return CompletionLogps(logps, batch.lengths, tokens.logprobs)
 
 
-def compile_layers(model: Any) -> None:
-    """Compile every decoder layer; all share one compiled graph per row length."""
+def compile_layers(model: Any, mode: str) -> None:
+    """Compile every decoder layer, unless that is done already.
+
+    Args:
+        model: with a list of ``layers`` in its backbone.
+        mode: layers, none, or auto (on CUDA).
+    """
+    stack = backbone(model)
+    cuda = next(stack.parameters()).is_cuda
+    if mode == "none" or (mode == "auto" and not cuda):
+        return
     # Rows come in a few lengths, and each is a graph of its own.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    for layer in backbone(model).layers:
-        layer.compile(dynamic=False)
+    for layer in stack.layers:
+        if layer._compiled_call_impl is None:
+            layer.compile(dynamic=False)
 
 
 def add_adapters(
@@ -367,4 +377,3 @@ def without_adapters(model: Any) -> Iterator[None]:
     context = model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext()
     with context:
         yield
-

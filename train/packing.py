@@ -121,6 +121,8 @@ class PackedBatch:
     """(C,) rank of each completion within its group, 0 best, ties share one; -1: unranked."""
     ref_logps: Tensor
     """(C,) reference log-probability of each completion; NaN where it is not known yet."""
+    ref_logprobs: Tensor
+    """(T,) the same per counted token, or (0,) when not known for all."""
     groups: tuple[int, ...]
     """Index of each group, in the sequence given to ``plan_epoch`` or ``pack_groups``."""
     processed_tokens: int
@@ -403,4 +405,12 @@ def _labels(groups: Sequence[Group]) -> dict[str, Tensor]:
         "scores": torch.tensor(scores, dtype=torch.float32),
         "ranks": torch.tensor(ranks, dtype=torch.long),
         "ref_logps": torch.tensor(ref_logps, dtype=torch.float32),
+        "ref_logprobs": _reference_tokens(groups),
     }
+
+
+def _reference_tokens(groups: Sequence[Group]) -> Tensor:
+    if not all(group.ref_logprobs for group in groups):
+        return torch.empty(0, dtype=torch.float32)
+    parts = [part for group in groups for part in group.ref_logprobs]
+    return torch.from_numpy(np.concatenate(parts).astype(np.float32))

@@ -68,6 +68,7 @@ def fit(
     eval_groups: Sequence[Group] = (),
     report: DataReport,
     extra: dict[str, Any] | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> Trained:
     """Train, evaluate, save; continue from the last checkpoint of the same run if there is one.
 
@@ -81,6 +82,7 @@ def fit(
         eval_groups: to evaluate on at the end, and every ``eval_every`` steps.
         report: what reading the data found.
         extra: more facts for ``training.json``.
+        callbacks: transformers callbacks of the algorithm.
 
     Raises:
         InputError: the folder holds a checkpoint of another run.
@@ -97,6 +99,7 @@ def fit(
         eval_groups=eval_groups,
         tokenizer=tokenizer,
         curve=output / "loss.jsonl",
+        callbacks=callbacks,
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     figures: dict[str, Any] = {"steps": trainer.state.global_step}

@@ -35,7 +35,16 @@ from train.optimizer import MasterAdamW, Schedule, parameter_groups
 from train.packing import PackedBatch
 from train.progress import LossCurve, Progress, Throughput
 
-__all__ = ["Metrics", "Objective", "PackedTrainer", "StepLoss", "packing_of", "training_arguments"]
+__all__ = [
+    "Metrics",
+    "Objective",
+    "PackedTrainer",
+    "StepLoss",
+    "newest_checkpoint",
+    "packing_of",
+    "row_tokens_of",
+    "training_arguments",
+]
 
 Metrics = dict[str, tuple[Tensor, Tensor | float]]
 """Name to (sum, count); the mean over rows, steps and processes is what gets logged."""
@@ -134,6 +143,7 @@ class PackedTrainer(Trainer):
         eval_groups: to evaluate on; may be empty.
         tokenizer: saved with every checkpoint.
         curve: file that gets one JSON line per log, evaluation included.
+        callbacks: transformers callbacks of the algorithm.
     """
 
     def __init__(
@@ -146,6 +156,7 @@ class PackedTrainer(Trainer):
         eval_groups: Sequence[Group] = (),
         tokenizer: Any = None,
         curve: Path | None = None,
+        callbacks: Sequence[Any] = (),
     ):
         # transformers' Trainer is untyped here; these it sets itself.
         self.optimizer: Any
@@ -165,14 +176,11 @@ class PackedTrainer(Trainer):
             train_dataset=self.steps,
             eval_dataset=self.eval_steps if eval_groups else None,
             processing_class=tokenizer,
-            callbacks=[Progress(), LossCurve(curve)],
+            callbacks=[Progress(), LossCurve(curve), *callbacks],
         )
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        if options.compile == "layers" or (
-            options.compile == "auto" and self.args.device.type == "cuda"
-        ):
-            compile_layers(model)
+        compile_layers(model, options.compile)
 
     # --- data
 
