@@ -1,0 +1,350 @@
+"""vLLM in this process: token ids in, the log-probabilities of the labels out.
+
+The engine's own loop is driven directly. Calls are tokenised a block at a time and queued ahead of
+the scheduler, so that it never starves while rows are written, and each reply is yielded as soon as
+its step ends; there is no batch to wait for. Prefix caching is on: calls that come one after the
+other with the same beginning (both orders, all pairs of a prompt) compute it once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+from feedback.backends import Capabilities, JudgeCall, JudgeReply, SampleCall, SampleReply
+from feedback.backends.chat import ChatTokenizer
+from feedback.backends.opening import local_revision
+from feedback.config import EngineOptions
+from feedback.errors import BackendError
+from feedback.records import JudgeIdentity, Usage
+
+__all__ = ["VllmBackend", "open_engine"]
+
+_BLOCK = 64
+"""Calls tokenised together: enough for the tokenizer to work on all cores."""
+_TOP_LOGPROBS = 20
+"""Alternatives asked for where the engine cannot be asked for certain tokens."""
+Call = TypeVar("Call", JudgeCall, SampleCall)
+Reply = TypeVar("Reply", JudgeReply, SampleReply)
+
+
+class _Queued(NamedTuple):
+    call: Any
+    since: float
+
+
+class VllmBackend:
+    """One model in vLLM.
+
+    Args:
+        engine: a ``vllm.LLM``.
+        chat: its tokenizer.
+        identity: what verdicts record.
+        adapter: a ``vllm.lora.request.LoRARequest``, or None.
+    """
+
+    def __init__(
+        self, engine: Any, chat: ChatTokenizer, *, identity: JudgeIdentity, adapter: Any = None
+    ):
+        from vllm import SamplingParams
+
+        self.chat = chat
+        self.identity = identity
+        self._llm = engine
+        self._engine = engine.llm_engine
+        self._adapter = adapter
+        config = self._engine.vllm_config
+        self.max_length: int = config.model_config.max_model_len
+        # Two full steps' worth: one runs, one waits.
+        self._ahead = 2 * config.scheduler_config.max_num_seqs
+        self.names_tokens = "logprob_token_ids" in SamplingParams.__struct_fields__
+        self._stop_ids = sorted(chat.stop_ids())
+        self._numbers = itertools.count()
+        self._texts: dict[int, str] = {}
+        self._judge_params: dict[Any, Any] = {}
+
+    def prepare(self, labels: tuple[str, ...]) -> Capabilities:
+        """Check the labels against the tokenizer.
+
+        Raises:
+            BackendError: a label is not a single token where the reply starts.
+        """
+        self.chat.label_ids(labels)
+        note = "" if self.chat.templated else "no chat template: messages are sent as plain text"
+        return Capabilities(
+            logprobs=True,
+            max_logprobs=None if self.names_tokens else _TOP_LOGPROBS,
+            structured_output=True,
+            note=note,
+        )
+
+    def judge(self, calls: Iterable[JudgeCall]) -> Iterator[JudgeReply]:
+        """Yield one reply per call, as they finish.
+
+        Raises:
+            BackendError: the engine died.
+        """
+        return self._run(calls, self._params_of, self._judge_reply, _failed_judge)
+
+    def sample(self, calls: Iterable[SampleCall]) -> Iterator[SampleReply]:
+        """Yield one reply per call, as they finish.
+
+        Raises:
+            BackendError: the engine died.
+        """
+        return self._run(calls, self._sampling_of, self._sample_reply, _failed_sample)
+
+    def close(self) -> None:
+        """Shut the engine down and free its memory."""
+        import gc
+
+        self._engine.engine_core.shutdown()
+        del self._llm, self._engine
+        gc.collect()
+
+    # --- the loop ------------------------------------------------------------------------------
+
+    def _run(
+        self,
+        calls: Iterable[Call],
+        params_of: Callable[[Call], Any],
+        read: Callable[[Call, Any, float], Reply],
+        failed: Callable[[Call, str], Reply],
+    ) -> Iterator[Reply]:
+        source = iter(calls)
+        queued: dict[str, _Queued] = {}
+        more = True
+        try:
+            while True:
+                while more and len(queued) < self._ahead:
+                    block = list(itertools.islice(source, _BLOCK))
+                    more = len(block) == _BLOCK
+                    for call, problem in self._queue(block, queued, params_of):
+                        yield failed(call, problem)
+                if not queued:
+                    return
+                for output in self._step():
+                    if output.finished:
+                        call, since = queued.pop(output.request_id)
+                        yield read(call, output, time.monotonic() - since)
+        finally:
+            if queued:  # abandoned by the consumer: nothing of it may reach the next stream
+                self._abandon(queued)
+
+    def _queue(
+        self, block: list[Any], queued: dict[str, _Queued], params_of: Callable[[Any], Any]
+    ) -> Iterator[tuple[Any, str]]:
+        """Hand a block to the engine; yield the calls that it refuses, with the reason."""
+        rows = self.chat.ids_of([call.messages for call in block])
+        for call, ids in zip(block, rows, strict=True):
+            if len(ids) + call.max_tokens > self.max_length:
+                yield (
+                    call,
+                    (
+                        f"prompt of {len(ids)} tokens and reply of {call.max_tokens} exceed the "
+                        f"model's {self.max_length}"
+                    ),
+                )
+                continue
+            name = str(next(self._numbers))
+            try:
+                self._engine.add_request(
+                    name,
+                    {"type": "token", "prompt_token_ids": ids},
+                    params_of(call),
+                    lora_request=self._adapter,
+                )
+            except ValueError as error:
+                yield call, f"refused by vLLM: {error}"
+                continue
+            queued[name] = _Queued(call, time.monotonic())
+
+    def _step(self) -> list[Any]:
+        try:
+            outputs: list[Any] = self._engine.step()
+        except RuntimeError as error:  # EngineDeadError, out of memory, a failed kernel
+            raise BackendError(
+                f"vLLM stopped: {error}. What is finished is kept; lower gpu_memory or "
+                "max_model_len if it ran out of memory, and run the command again"
+            ) from error
+        return outputs
+
+    def _abandon(self, queued: dict[str, _Queued]) -> None:
+        self._engine.abort_request(list(queued))
+        while self._engine.has_unfinished_requests():
+            self._step()
+
+    # --- judge calls ---------------------------------------------------------------------------
+
+    def _params_of(self, call: JudgeCall) -> Any:
+        if call.schema is None:
+            # Nothing in it depends on the messages, and vLLM copies it before it writes to it.
+            key = (call.choices, call.max_tokens, call.temperature, call.seed)
+            params = self._judge_params.get(key)
+            if params is None:
+                params = self._judge_params[key] = self._new_params(call)
+            return params
+        return self._new_params(call)
+
+    def _new_params(self, call: JudgeCall) -> Any:
+        from vllm.sampling_params import StructuredOutputsParams
+
+        fields: dict[str, Any] = {}
+        if call.choices is not None:
+            if self.names_tokens:
+                fields["logprob_token_ids"] = self.chat.label_ids(call.choices)
+            else:
+                fields["logprobs"] = _TOP_LOGPROBS
+        if call.schema is not None:
+            fields["structured_outputs"] = StructuredOutputsParams(json=call.schema)
+        one_token = call.choices is not None and call.max_tokens == 1
+        return _sampling_params(
+            max_tokens=call.max_tokens,
+            temperature=call.temperature,
+            seed=call.seed,
+            detokenize=not one_token,
+            stop_token_ids=None if one_token else self._stop_ids,
+            **fields,
+        )
+
+    def _judge_reply(self, call: JudgeCall, output: Any, seconds: float) -> JudgeReply:
+        completion = output.outputs[0]
+        choices = None
+        if call.choices is not None:
+            if not completion.logprobs:
+                return _failed_judge(call, "vLLM returned no log-probabilities")
+            first = completion.logprobs[0]
+            ids = self.chat.label_ids(call.choices)
+            choices = {
+                label: first[token].logprob
+                for label, token in zip(call.choices, ids, strict=True)
+                if token in first
+            }
+        text = completion.text
+        if not text and choices is not None and len(completion.token_ids) == 1:
+            text = self._text_of(completion.token_ids[0])
+        return JudgeReply(
+            call_id=call.call_id,
+            text=text,
+            finish_reason=completion.finish_reason,
+            choice_logprobs=choices,
+            usage=_usage(output),
+            latency_s=seconds,
+        )
+
+    def _text_of(self, token: int) -> str:
+        text = self._texts.get(token)
+        if text is None:
+            text = self._texts[token] = self.chat.decode([token])
+        return text
+
+    # --- sample calls --------------------------------------------------------------------------
+
+    def _sampling_of(self, call: SampleCall) -> Any:
+        return _sampling_params(
+            n=call.n,
+            max_tokens=call.max_tokens,
+            temperature=call.temperature,
+            top_p=call.top_p,
+            seed=call.seed,
+            logprobs=0,  # of the sampled token alone; vLLM then sums them
+            stop_token_ids=self._stop_ids,
+        )
+
+    def _sample_reply(self, call: SampleCall, output: Any, seconds: float) -> SampleReply:
+        completions = sorted(output.outputs, key=lambda completion: completion.index)
+        return SampleReply(
+            call_id=call.call_id,
+            texts=tuple(completion.text for completion in completions),
+            finish_reasons=tuple(completion.finish_reason for completion in completions),
+            logps=tuple(completion.cumulative_logprob for completion in completions),
+            usage=_usage(output),
+            latency_s=seconds,
+        )
+
+
+def _sampling_params(**fields: Any) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY, **fields)
+
+
+def _usage(output: Any) -> Usage:
+    return Usage(
+        prompt_tokens=len(output.prompt_token_ids or ()),
+        cached_tokens=output.num_cached_tokens or 0,
+        completion_tokens=sum(len(completion.token_ids) for completion in output.outputs),
+    )
+
+
+def _failed_judge(call: JudgeCall, problem: str) -> JudgeReply:
+    return JudgeReply(call_id=call.call_id, error=problem)
+
+
+def _failed_sample(call: SampleCall, problem: str) -> SampleReply:
+    return SampleReply(call_id=call.call_id, error=problem)
+
+
+def open_engine(options: EngineOptions, path: str) -> VllmBackend:
+    """Start vLLM on the model at ``path`` (a folder or a Hub name).
+
+    ``options.extra`` goes to ``vllm.LLM``, but for ``chat_template_kwargs``, the chat template's.
+
+    Raises:
+        BackendError: the model cannot be loaded or does not fit.
+    """
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    from vllm import LLM
+    from vllm.lora.request import LoRARequest
+
+    extra = dict(options.extra)
+    template_arguments = extra.pop("chat_template_kwargs", {})
+    settings: dict[str, Any] = {
+        "dtype": options.dtype,
+        "tensor_parallel_size": options.tensor_parallel,
+        "gpu_memory_utilization": options.gpu_memory,
+        "max_model_len": options.max_model_len,
+        "enforce_eager": options.enforce_eager,
+        "trust_remote_code": options.trust_remote_code,
+        "revision": options.revision,
+        "enable_prefix_caching": True,
+        "max_logprobs": _TOP_LOGPROBS,
+        "disable_log_stats": True,
+    }
+    adapter = None
+    if options.lora is not None:
+        settings |= {"enable_lora": True, "max_lora_rank": _lora_rank(options.lora)}
+        adapter = LoRARequest("judge", 1, options.lora)
+    try:
+        engine: Any = LLM(model=path, **{**settings, **extra})
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise BackendError(f"vLLM cannot load {options.model!r}: {first}") from error
+    revision = local_revision(path) or options.revision
+    return VllmBackend(
+        engine,
+        ChatTokenizer(engine.get_tokenizer(), template_arguments=template_arguments),
+        identity=JudgeIdentity(model=options.model, revision=revision),
+        adapter=adapter,
+    )
+
+
+def _lora_rank(folder: str) -> int:
+    """The adapter's rank, which vLLM must be told before it loads one.
+
+    Raises:
+        BackendError: the folder holds no adapter.
+    """
+    import json
+    from pathlib import Path
+
+    path = Path(folder) / "adapter_config.json"
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["r"])
+    except (OSError, ValueError, KeyError) as error:
+        raise BackendError(f"{folder} holds no LoRA adapter: {path.name}: {error}") from error
