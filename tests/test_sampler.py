@@ -33,7 +33,7 @@ def full_logprobs(model: Any, prompt: list[int], completion: list[int], temperat
 def test_logprobs_are_the_models_own(model: Any, kind: Any, temperature: float) -> None:
     plan = SamplingPlan(max_tokens=12, stop_ids=PLAN.stop_ids, temperature=temperature, top_p=0.9)
     with torch.no_grad():
-        found = kind(model).sample(PROMPTS, n=3, plan=plan, seed=5)
+        found = kind(model).sample(PROMPTS, n=3, plan=plan, seeds=range(5, 5 + 4))
         for prompt, samples in zip(PROMPTS, found, strict=True):
             assert len(samples) == 3
             for sample in samples:
@@ -44,7 +44,7 @@ def test_logprobs_are_the_models_own(model: Any, kind: Any, temperature: float) 
 def test_completions_end_at_the_first_stop_token(model: Any) -> None:
     samples = [
         sample
-        for group in CachedSampler(model).sample(PROMPTS, n=8, plan=PLAN, seed=1)
+        for group in CachedSampler(model).sample(PROMPTS, n=8, plan=PLAN, seeds=range(1, 1 + 4))
         for sample in group
     ]
     assert {sample.ended for sample in samples} == {True, False}
@@ -57,20 +57,23 @@ def test_completions_end_at_the_first_stop_token(model: Any) -> None:
 
 
 def test_batching_does_not_change_the_draws(model: Any) -> None:
-    whole = CachedSampler(model).sample(PROMPTS, n=4, plan=PLAN, seed=3)
+    whole = CachedSampler(model).sample(PROMPTS, n=4, plan=PLAN, seeds=range(3, 3 + 4))
     small = SamplingPlan(max_tokens=12, stop_ids=PLAN.stop_ids, batch_tokens=1)
-    single = CachedSampler(model).sample(PROMPTS, n=4, plan=small, seed=3)
-    by_generate = GenerateSampler(model).sample(PROMPTS, n=4, plan=PLAN, seed=3)
+    single = CachedSampler(model).sample(PROMPTS, n=4, plan=small, seeds=range(3, 3 + 4))
+    by_generate = GenerateSampler(model).sample(PROMPTS, n=4, plan=PLAN, seeds=range(3, 3 + 4))
     ids = [[sample.token_ids for sample in group] for group in whole]
     assert ids == [[sample.token_ids for sample in group] for group in single]
     assert ids == [[sample.token_ids for sample in group] for group in by_generate]
-    other = CachedSampler(model).sample(PROMPTS, n=4, plan=PLAN, seed=4)
+    # The middle two prompts alone, with their seeds, as another process would have them.
+    part = CachedSampler(model).sample(PROMPTS[1:3], n=4, plan=PLAN, seeds=[4, 5])
+    assert ids[1:3] == [[sample.token_ids for sample in group] for group in part]
+    other = CachedSampler(model).sample(PROMPTS, n=4, plan=PLAN, seeds=range(4, 4 + 4))
     assert ids != [[sample.token_ids for sample in group] for group in other]
 
 
 def test_greedy_is_generates_greedy(model: Any) -> None:
     plan = SamplingPlan(max_tokens=10, stop_ids=frozenset({1}), temperature=0.0)
-    found = CachedSampler(model).sample([PROMPTS[1]], n=1, plan=plan, seed=0)[0][0]
+    found = CachedSampler(model).sample([PROMPTS[1]], n=1, plan=plan, seeds=[0])[0][0]
     wanted = model.generate(
         input_ids=torch.tensor([PROMPTS[1]]), max_new_tokens=10, do_sample=False, pad_token_id=0
     )[0, len(PROMPTS[1]) :]
@@ -103,6 +106,6 @@ def test_draws_follow_the_distribution() -> None:
 
 def test_the_models_mode_is_restored(model: Any) -> None:
     model.train()
-    CachedSampler(model).sample([[7]], n=1, plan=PLAN, seed=0)
+    CachedSampler(model).sample([[7]], n=1, plan=PLAN, seeds=[0])
     assert model.training
     model.eval()

@@ -3,8 +3,8 @@
 A sampler takes token ids and gives token ids, with the log-probability of each token under the
 temperature it was drawn at. A prompt is prefilled once for all of its completions; rows that have
 ended leave the batch. Each token is drawn by inverting the cumulative distribution at a uniform
-number that depends only on the seed, the completion's index and the position, so that the same seed
-gives the same completions however the prompts are batched.
+number that depends only on the prompt's seed, the completion's number and the position, so that the
+same seeds give the same completions however the prompts are batched or spread over processes.
 
 Knows nothing of text, rewards or training. ``train/vllm_sampler.py`` has the same face on vLLM.
 """
@@ -57,9 +57,9 @@ class Sampler(Protocol):
     """Draws completions from the current policy."""
 
     def sample(
-        self, prompts: Sequence[TokenIds], *, n: int, plan: SamplingPlan, seed: int
+        self, prompts: Sequence[TokenIds], *, seeds: Sequence[int], n: int, plan: SamplingPlan
     ) -> list[list[Sample]]:
-        """Return ``n`` completions of each prompt, in order."""
+        """Return ``n`` completions of each prompt, in order; one seed per prompt."""
         ...
 
     def sync(self, policy: Any) -> None:
@@ -127,11 +127,15 @@ class CachedSampler:
 
     @torch.no_grad()
     def sample(
-        self, prompts: Sequence[TokenIds], *, n: int, plan: SamplingPlan, seed: int
+        self, prompts: Sequence[TokenIds], *, seeds: Sequence[int], n: int, plan: SamplingPlan
     ) -> list[list[Sample]]:
-        """Return ``n`` completions of each prompt, in order."""
-        generator = torch.Generator().manual_seed(seed)
-        uniform = torch.rand(len(prompts) * n, plan.max_tokens, generator=generator)
+        """Return ``n`` completions of each prompt, in order; one seed per prompt."""
+        uniform = torch.cat(
+            [
+                torch.rand(n, plan.max_tokens, generator=torch.Generator().manual_seed(seed))
+                for seed in seeds
+            ]
+        )
         training = self.model.training
         self.model.eval()
         found: dict[int, list[Sample]] = {}
