@@ -8,9 +8,7 @@ comparison has that outcome and no probability: half an answer is not a label.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 from feedback.judge import Question
@@ -23,13 +21,11 @@ from feedback.records import (
     content_id,
     normalise_text,
 )
-from feedback.verdict_index import VerdictIndex
 
 __all__ = [
     "Orders",
     "PairPolicy",
     "choose_pairs",
-    "comparisons",
     "distinct_completions",
     "first_probability",
     "merge_orders",
@@ -212,29 +208,3 @@ def merge_orders(verdicts: Sequence[Verdict], *, orders: Orders = "both") -> Com
         votes=[verdict.verdict_id for verdict in verdicts],
         mass=min(masses, default=None),
     )
-
-
-def comparisons(
-    source: Path | VerdictIndex,
-    *,
-    orders: Orders = "both",
-    prompts: Iterable[str] | None = None,
-) -> Iterator[Comparison]:
-    """Stream the comparisons of a verdict folder, prompt by prompt; memory does not grow.
-
-    Args:
-        source: verdict folder, or its index (which should hold failed calls too).
-        orders: which orders the run asked for.
-        prompts: prompt ids to read, in this order; None: all, as they first appear.
-    """
-    if isinstance(source, Path):
-        with VerdictIndex(source, failed=True) as index:
-            yield from comparisons(index, orders=orders, prompts=prompts)
-        return
-    for prompt_id in source.prompts() if prompts is None else prompts:
-        pairs: dict[tuple[str, ...], list[Verdict]] = defaultdict(list)
-        for verdict in source.verdicts(prompt_id):
-            if verdict.kind == "pairwise":
-                pairs[tuple(sorted(verdict.shown))].append(verdict)
-        for verdicts in pairs.values():
-            yield merge_orders(verdicts, orders=orders)

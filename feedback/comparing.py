@@ -1,0 +1,113 @@
+"""Verdicts of any kind as comparisons of pairs, streamed prompt by prompt.
+
+A pairwise verdict is one order of a pair. A listwise one is every pair in it, the completion that
+stood earlier counting as shown first. Two ratings are a pair without an order: P(a preferred) is
+the chance that a draw from one scale distribution beats a draw from the other, level draws halved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from feedback.ordering import Orders, merge_orders
+from feedback.records import Comparison, Outcome, Verdict
+from feedback.verdict_index import VerdictIndex
+
+__all__ = ["compare_ratings", "comparisons", "pairs_in_list", "prompt_comparisons"]
+
+
+def pairs_in_list(verdict: Verdict) -> Iterator[Verdict]:
+    """Yield the pairwise verdicts that a listwise one contains, under the same verdict id."""
+    place = {name: number for number, group in enumerate(verdict.ranking or []) for name in group}
+    for first, second in itertools.combinations(verdict.shown, 2):
+        outcome: Outcome = verdict.outcome
+        winner = None
+        if outcome in ("decided", "tie"):
+            outcome = "tie" if place[first] == place[second] else "decided"
+            winner = min((first, second), key=place.__getitem__) if outcome == "decided" else None
+        yield dataclasses.replace(
+            verdict,
+            kind="pairwise",
+            shown=[first, second],
+            outcome=outcome,
+            winner=winner,
+            probs=None,
+            ranking=None,
+        )
+
+
+def compare_ratings(first: Sequence[Verdict], second: Sequence[Verdict]) -> Comparison:
+    """Compare two completions of one prompt by their ratings (all repeats of each)."""
+    a, b = sorted((first, second), key=lambda verdicts: verdicts[0].shown[0])
+    undecided = [row.outcome for row in (*a, *b) if row.outcome != "decided"]
+    p = None
+    if not undecided:
+        chances = [_beats(one, two) for one in a for two in b]
+        p = math.fsum(chances) / len(chances)
+    outcome: Outcome = undecided[0] if undecided else "tie" if p == 0.5 else "decided"
+    masses = [row.mass for row in (*a, *b) if row.mass is not None]
+    return Comparison(
+        prompt_id=a[0].prompt_id,
+        a=a[0].shown[0],
+        b=b[0].shown[0],
+        p=p,
+        p_orders=[p, None],
+        consistent=None,
+        outcome=outcome,
+        votes=[row.verdict_id for row in (*a, *b)],
+        mass=min(masses, default=None),
+    )
+
+
+def _beats(one: Verdict, two: Verdict) -> float:
+    """Return P(one rated above two), level ratings counting half."""
+    if one.probs is None or two.probs is None:
+        mine, other = (one.scores or [0.0])[0], (two.scores or [0.0])[0]
+        return 1.0 if mine > other else 0.0 if mine < other else 0.5
+    total = below = 0.0
+    for p, q in zip(one.probs, two.probs, strict=True):
+        total += p * (below + q / 2)
+        below += q
+    return total
+
+
+def prompt_comparisons(verdicts: Iterable[Verdict], *, orders: Orders = "both") -> list[Comparison]:
+    """Return the comparisons in the verdicts of one prompt, of whatever kind."""
+    pairs: dict[tuple[str, ...], list[Verdict]] = defaultdict(list)
+    rated: dict[str, list[Verdict]] = defaultdict(list)
+    for verdict in verdicts:
+        if verdict.kind == "rating":
+            rated[verdict.shown[0]].append(verdict)
+            continue
+        single = [verdict] if verdict.kind == "pairwise" else pairs_in_list(verdict)
+        for row in single:
+            pairs[tuple(sorted(row.shown))].append(row)
+    found = [merge_orders(rows, orders=orders) for rows in pairs.values()]
+    found += [compare_ratings(*both) for both in itertools.combinations(rated.values(), 2)]
+    return found
+
+
+def comparisons(
+    source: Path | VerdictIndex,
+    *,
+    orders: Orders = "both",
+    prompts: Iterable[str] | None = None,
+) -> Iterator[Comparison]:
+    """Stream the comparisons of a verdict folder, prompt by prompt; memory does not grow.
+
+    Args:
+        source: verdict folder, or its index (which should hold failed calls too).
+        orders: which orders the run asked for; its manifest says.
+        prompts: prompt ids to read, in this order; None: all, as they first appear.
+    """
+    if isinstance(source, Path):
+        with VerdictIndex(source, failed=True) as index:
+            yield from comparisons(index, orders=orders, prompts=prompts)
+        return
+    for prompt_id in source.prompts() if prompts is None else prompts:
+        yield from prompt_comparisons(source.verdicts(prompt_id), orders=orders)
