@@ -61,6 +61,11 @@ COMMANDS: dict[str, Command] = {
         "train.rrhf:run",
         "rank responses to align: ranking hinge plus SFT on the best",
     ),
+    "ppo": Command(
+        "train.ppo_config:PpoOptions",
+        "train.ppo:run",
+        "PPO against a reward model, an ensemble, the judge itself, or a function",
+    ),
     "evaluate": Command(
         "train.evaluate:EvaluateOptions",
         "train.evaluate:run",

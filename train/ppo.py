@@ -25,7 +25,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from feedback.errors import BackendError, RlaifError
+from feedback.errors import BackendError, RecipeError, RlaifError
 from train.advantages import gae, kl_terms, masked_whiten, shape_rewards
 from train.guard import Probe, prompt_means
 from train.optimizer import Schedule
@@ -71,11 +71,14 @@ def train(options: PpoOptions) -> Trained:
     """Train a policy by PPO; continue the same run where it was stopped.
 
     Raises:
+        RecipeError: there is no reward.
         InputError: a model, prompt file or checkpoint folder does not fit.
         BackendError: the reward gave no score for any completion of a step.
         RlaifError: sampler and trainer disagree, or the loss is not a number.
         KeyboardInterrupt: asked to stop; everything is saved.
     """
+    if options.reward.kind == "none":
+        raise RecipeError("PPO needs a reward: set reward.kind to model, judge or function")
     done = finished(options)
     if done is not None:
         return done

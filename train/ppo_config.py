@@ -98,8 +98,8 @@ class PpoOptions:
     rankings."""
     output: Path
     """Folder for the trained policy, its card, metrics and checkpoints."""
-    reward: RewardSource
-    """What is maximised."""
+    reward: RewardSource = field(default_factory=RewardSource)
+    """What is maximised; its kind must be given."""
     guard: GuardOptions = field(default_factory=GuardOptions)
     """The overoptimisation guard."""
 
@@ -254,8 +254,6 @@ class PpoOptions:
 
     def __post_init__(self) -> None:
         """Refuse combinations that cannot work, naming the way out."""
-        if self.reward.kind == "none":
-            raise RecipeError("reward.kind is 'none': PPO needs a reward (model, judge, function)")
         if self.prompts_per_step < self.minibatches or self.minibatches < 1:
             raise RecipeError(
                 f"minibatches is {self.minibatches}; it must lie between 1 and prompts_per_step "
