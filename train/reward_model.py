@@ -38,8 +38,10 @@ __all__ = [
     "ensure_pad_token",
     "has_trained_head",
     "load_reward_model",
+    "merge_adapters",
     "save_ensemble",
     "start_head",
+    "start_reward_model",
 ]
 
 logger = logging.getLogger(__name__)
@@ -194,9 +196,8 @@ class RewardModel:
         """
         base = base_model(self.model)
         check_pad_token(base, self.chat)
-        # Other tools squash a lone label's score by a sigmoid unless it is marked as a regression.
         base.config.problem_type = "regression"
-        base.save_pretrained(folder, safe_serialization=True)
+        base.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
 
@@ -247,6 +248,14 @@ def combine_rewards(rewards: Tensor, *, rule: Rule = "mean", uwo_lambda: float =
     return rewards.mean(dim=0)
 
 
+def merge_adapters(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Replace the adapters saved in ``folder`` by the whole model, which every tool loads."""
+    merged = model.merge_and_unload()
+    RewardModel(merged, tokenizer).save(folder)
+    for stale in folder.glob("adapter_*"):
+        stale.unlink()
+
+
 def save_ensemble(folder: Path, members: Sequence[str], *, rule: Rule, uwo_lambda: float) -> None:
     """Make ``folder`` an ensemble of the reward models in its subfolders ``members``."""
     write_json(
@@ -280,6 +289,19 @@ def has_trained_head(model: Any) -> bool:
     """Return whether the model came with a head for one score per sequence."""
     kinds: Sequence[str] = base_model(model).config.architectures or ()
     return any(kind.endswith("ForSequenceClassification") for kind in kinds)
+
+
+def start_reward_model(model: Any, tokenizer: Any, *, seed: int) -> list[str]:
+    """Make a loaded model ready to be trained and saved as a reward model; return warnings.
+
+    A head that came trained is kept; a new one is drawn from ``seed``.
+    """
+    # Other tools squash a lone label's score by a sigmoid unless it is marked as a regression.
+    base_model(model).config.problem_type = "regression"
+    if not has_trained_head(model):
+        start_head(model, seed=seed)
+    warning = ensure_pad_token(model, tokenizer)
+    return [] if warning is None else [warning]
 
 
 def start_head(model: Any, *, seed: int) -> None:

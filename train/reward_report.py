@@ -114,7 +114,8 @@ def _wilson(share: float, draws: float) -> tuple[float, float]:
     centre = (share + _Z**2 / (2 * draws)) / (1 + _Z**2 / draws)
     half = _Z * math.sqrt(share * (1 - share) / draws + _Z**2 / (4 * draws**2))
     half /= 1 + _Z**2 / draws
-    return max(centre - half, 0.0), min(centre + half, 1.0)
+    # At a share of 0 or 1 rounding may put an end just inside of the share.
+    return max(min(centre - half, share), 0.0), min(max(centre + half, share), 1.0)
 
 
 def _quartiles(values: Floats) -> tuple[float, ...]:

@@ -1,0 +1,101 @@
+"""What the judge said, as training targets: soft or hard, ties in or out, rankings from pairs.
+
+Works on tokenised groups before they are packed, so that no loss has to ask where a label came
+from. What is dropped is counted in the report.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+from feedback.errors import InputError
+from train.chat import DataReport
+from train.data import Group
+
+__all__ = ["label_pairs", "ranked_from_labels"]
+
+
+def label_pairs(
+    groups: Sequence[Group],
+    report: DataReport,
+    *,
+    soft_labels: bool = True,
+    ties: Literal["use", "drop"] = "use",
+    label_smoothing: float = 0.0,
+) -> list[Group]:
+    """Return the groups with the pairs' p as the options want it; groups without pairs go.
+
+    Args:
+        groups: with pairs.
+        report: gets the counts.
+        soft_labels: False makes every p 0, 1 or, for a tie, 1/2.
+        ties: ``drop`` leaves out pairs that are a tie or have p = 1/2.
+        label_smoothing: chance e of a flipped label: p becomes (1 - 2e) p + e.
+
+    Raises:
+        InputError: no pair is left.
+    """
+    kept, dropped = [], 0
+    for group in groups:
+        pairs = []
+        for pair in group.pairs:
+            if ties == "drop" and (pair.tie or pair.p == 0.5):
+                dropped += 1
+                continue
+            p = pair.p if soft_labels or pair.p == 0.5 else float(pair.p > 0.5)
+            p = 0.5 if pair.tie else p
+            pairs.append(pair._replace(p=(1 - 2 * label_smoothing) * p + label_smoothing))
+        if pairs:
+            kept.append(dataclasses.replace(group, pairs=tuple(pairs)))
+    if dropped:
+        report.warn(f"{dropped} tied pairs left out; ties = 'use' trains on them")
+    if not kept:
+        raise InputError(f"no pair to train on: all {dropped} are ties; set ties to 'use'")
+    return kept
+
+
+def ranked_from_labels(groups: Sequence[Group], *, mixed: bool = False) -> list[Group]:
+    """Return the groups with a ranking: their own, or one made from scores or pairs.
+
+    Scores make tied groups of equal scores. Two completions with one pair are a ranking of two
+    (p = 1/2: tied). With more pairs the completions are ordered by their mean probability of being
+    preferred, which says nothing about two that were never compared: that is done only where
+    ``mixed`` says that the caller looks at the compared pairs too.
+
+    Raises:
+        InputError: a group has neither ranking nor scores, and its pairs make none.
+    """
+    return [_ranked(group, mixed) for group in groups]
+
+
+def _ranked(group: Group, mixed: bool) -> Group:
+    if group.ranking:
+        return group
+    scores = list(group.scores)
+    if not scores or None in scores:
+        if not mixed and len(group.completions) > 2:
+            raise InputError(
+                f"prompt {group.prompt_id!r} has {len(group.pairs)} pairs of "
+                f"{len(group.completions)} completions but no ranking: give a rankings folder, or "
+                "use a loss on pairs"
+            )
+        scores = _win_rates(group)
+    known = [(score, member) for member, score in enumerate(scores) if score is not None]
+    tiers = sorted({score for score, _ in known}, reverse=True)
+    ranking = tuple(tuple(m for score, m in known if score == tier) for tier in tiers)
+    return dataclasses.replace(group, ranking=ranking)
+
+
+def _win_rates(group: Group) -> list[float | None]:
+    """Return each completion's mean probability of being preferred; None where never compared."""
+    won: dict[int, list[float]] = {}
+    for pair in group.pairs:
+        p = 0.5 if pair.tie else pair.p
+        won.setdefault(pair.chosen, []).append(p)
+        won.setdefault(pair.rejected, []).append(1 - p)
+    return [
+        round(sum(won[m]) / len(won[m]), 9) if m in won else None
+        for m in range(len(group.completions))
+    ]
