@@ -13,6 +13,7 @@ object can train and generate.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -87,10 +88,14 @@ def check_supported(config: Any) -> None:
 
 def dense_mask(batch: PackedBatch) -> Tensor:
     """Return the row's mask, (1, 1, S, S) bool, True where a query (row) may read a key."""
-    own, prompt_start, prompt_end = (extent[:, None] for extent in batch.extents)
-    key = torch.arange(batch.extents.shape[1], device=batch.extents.device)
-    mask = (key <= key[:, None]) & ((key >= own) | ((key >= prompt_start) & (key < prompt_end)))
-    return mask[None, None]
+    return _readable(batch.extents, 0)[None, None]
+
+
+def _readable(extents: Tensor, start: int) -> Tensor:
+    """Return which of its keys each query of a stretch may read, (L, L), from (3, L) extents."""
+    own, prompt_start, prompt_end = (extent[:, None] - start for extent in extents)
+    key = torch.arange(extents.shape[1], device=extents.device, dtype=extents.dtype)
+    return (key <= key[:, None]) & ((key >= own) | ((key >= prompt_start) & (key < prompt_end)))
 
 
 def block_layout(runs: Sequence[Run], size: int) -> BlockLayout:
@@ -147,25 +152,16 @@ def _block_mask(batch: PackedBatch, layout: BlockLayout) -> BlockMask:
 
 def _group_layout(batch: PackedBatch) -> GroupLayout:
     """Return sizes and masks of the stretches that attend within themselves only."""
-    sizes: list[int] = []
-    masks: list[Tensor | None] = []
-    full = dense_mask(batch)[0, 0] if len(batch.runs) else None
-    stretches: list[list[int]] = []
-    for run in batch.runs:
-        if run.prompt_end > run.prompt_start and stretches:
-            stretches[-1][1] = run.end
-        else:
-            stretches.append([run.start, run.end, len(stretches)])
-    for start, end, _ in stretches:
-        sizes.append(end - start)
-        part = full[start:end, start:end] if full is not None else None
-        causal = torch.ones(end - start, end - start, dtype=torch.bool).tril()
-        masks.append(None if part is None or torch.equal(part, causal) else part.contiguous())
-    padding = batch.input_ids.shape[0] - sum(sizes)
-    if padding:
-        sizes.append(padding)
-        masks.append(None)
-    return GroupLayout(tuple(sizes), tuple(masks))
+    starts = [run.start for run in batch.runs if run.prompt_end == run.prompt_start]
+    covered, size = batch.runs[-1].end, batch.input_ids.shape[0]
+    bounds = [*starts, covered, size] if covered < size else [*starts, size]
+    shared = {run.prompt_start for run in batch.runs if run.prompt_end > run.prompt_start}
+    masks = [
+        _readable(batch.extents[:, start:end], start) if start in shared else None
+        for start, end in itertools.pairwise(bounds)
+    ]
+    sizes = tuple(end - start for start, end in itertools.pairwise(bounds))
+    return GroupLayout(sizes, tuple(masks))
 
 
 def with_layout(batch: PackedBatch, kind: AttentionKind) -> PackedBatch:
