@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from feedback.intervals import Estimate, Resampler, mean, nothing, proportion
+from feedback.intervals import Estimate, Resampler, average, mean, nothing, proportion
 from feedback.observations import Pairs
 from feedback.records import GoldPair
 
@@ -54,9 +54,7 @@ def accuracy_halves(pairs: Pairs, resampler: Resampler, verdict: Floats | None =
     values, groups = score[rows], pairs.prompt[rows]
     if not len(values):
         return nothing("no pair has both a verdict and a gold winner")
-    if np.isin(values, (0.0, 1.0)).all():
-        return proportion(values, groups)
-    return mean(resampler, groups, values)
+    return average(resampler, groups, values)
 
 
 def three_way(pairs: Pairs) -> Estimate:
@@ -185,8 +183,8 @@ def leave_one_out(pairs: Pairs, resampler: Resampler) -> LeaveOneOut | None:
     prompts = np.array(groups)
     table = np.array(scores)
     return LeaveOneOut(
-        human=mean(resampler, prompts, table[:, 0]),
-        judge=mean(resampler, prompts, table[:, 1]),
+        human=average(resampler, prompts, table[:, 0]),
+        judge=average(resampler, prompts, table[:, 1]),
         difference=mean(resampler, prompts, table[:, 1] - table[:, 0]),
         by_annotator=_by_annotator(np.array(names), prompts, table, resampler),
     )
@@ -202,8 +200,8 @@ def _by_annotator(
     found = []
     for name in sorted(set(names.tolist())):
         rows = names == name
-        human = mean(resampler, prompts[rows], table[rows, 0])
-        judge = mean(resampler, prompts[rows], table[rows, 1])
+        human = average(resampler, prompts[rows], table[rows, 0])
+        judge = average(resampler, prompts[rows], table[rows, 1])
         found.append((name, human, judge))
     return found
 

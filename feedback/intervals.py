@@ -22,6 +22,7 @@ __all__ = [
     "LEVEL",
     "Estimate",
     "Resampler",
+    "average",
     "binomial_interval",
     "from_standard_error",
     "group_sums",
@@ -280,6 +281,14 @@ def mean(resampler: Resampler, groups: npt.NDArray[np.int64], values: npt.ArrayL
     """Estimate a mean over rows, with a bootstrap interval by prompt."""
     array = np.asarray(values, float)
     return ratio(resampler, groups, array, np.ones(len(array)))
+
+
+def average(resampler: Resampler, groups: npt.NDArray[np.int64], values: npt.ArrayLike) -> Estimate:
+    """Estimate a mean of values in [0, 1]: exactly where all are 0 or 1, else by the bootstrap."""
+    array = np.asarray(values, float)
+    if np.isin(array, (0.0, 1.0)).all():
+        return proportion(array, groups)
+    return mean(resampler, groups, array)
 
 
 def from_standard_error(

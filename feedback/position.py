@@ -23,6 +23,7 @@ from feedback.observations import Pairs
 __all__ = ["logit_shift", "order_consistency", "position_section", "slot_counts"]
 
 Masks = dict[str, npt.NDArray[np.bool_]]
+_TINY = 1e-6
 
 
 def order_consistency(pairs: Pairs) -> Estimate:
@@ -51,25 +52,29 @@ def slot_counts(pairs: Pairs) -> Masks:
     }
 
 
-def logit_shift(pairs: Pairs) -> Estimate:
-    """Estimate how many logits the first slot is worth.
+def logit_shift(pairs: Pairs, resampler: Resampler) -> Estimate:
+    """Estimate how many logits the first place is worth, whatever the answers' quality.
 
-    If P(first slot) is sigma(quality + shift) in one order and sigma(-quality + shift) in the
-    other, the odds of naming the first slot twice rather than the second slot twice are
-    exp(2 shift) whatever the quality. So the shift is half the log odds of those two counts, free
-    of any model of quality, and its interval is that of a binomial share.
+    The model: P(first place) is sigma(quality + shift) in one order and sigma(-quality + shift) in
+    the other. From probabilities, the shift is the mean of the two logits. From bare verdicts, the
+    odds of naming the first place twice rather than the second place twice are exp(2 shift)
+    whatever the quality; so the shift is half the log odds of those two counts, and its interval is
+    that of a binomial share.
     """
+    rows = pairs.take(pairs.both)
+    logits = _first_logits(rows)
+    if len(logits) and np.isfinite(logits).all():
+        return mean(resampler, rows.prompt, logits.mean(axis=1))
     counts = slot_counts(pairs)
-    groups = pairs.prompt[pairs.both]
     chosen = counts["first"] | counts["second"]
-    share = proportion(counts["first"][chosen], groups[chosen])
+    share = proportion(counts["first"][chosen], rows.prompt[chosen])
     if share.value is None or share.low is None or share.high is None:
-        return nothing("no pair named the same slot twice")
+        return nothing("no pair named the same place twice")
 
     def half_log_odds(value: float) -> float:
         return math.log(value / (1 - value)) / 2 if 0 < value < 1 else math.copysign(9.0, value - 1)
 
-    # A half is added to each count, so that a judge that never chose one slot has a finite shift.
+    # A half is added to each count, so that a judge that never chose one place has a finite shift.
     middle = (share.value * share.n + 0.5) / (share.n + 1)
     return Estimate(
         half_log_odds(middle),
@@ -77,8 +82,24 @@ def logit_shift(pairs: Pairs) -> Estimate:
         half_log_odds(share.high),
         share.n,
         share.prompts,
-        f"from the share of first among same-slot pairs, {share.method}",
+        f"from the share of first among same-place pairs, {share.method}",
     )
+
+
+def _first_logits(pairs: Pairs) -> npt.NDArray[np.float64]:
+    """Return log P(first place) - log P(second place) of each verdict: (n, 2); NaN without."""
+    return np.array(
+        [
+            [
+                np.nan
+                if verdict is None or verdict.probs is None
+                else math.log(max(verdict.probs[0], _TINY) / max(verdict.probs[1], _TINY))
+                for verdict in pair
+            ]
+            for pair in pairs.verdicts
+        ],
+        float,
+    ).reshape(-1, 2)
 
 
 def position_section(pairs: Pairs, resampler: Resampler) -> CardSection:
@@ -212,7 +233,7 @@ def _direction(
         _figure(
             "logit_shift",
             "What the first place is worth",
-            logit_shift(pairs),
+            logit_shift(pairs, resampler),
             "In logits, whatever the answers' quality; 0 is fair, 1 turns 50% into 73%.",
             fair=0.0,
             low_end=-3.0,

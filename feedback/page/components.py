@@ -172,7 +172,9 @@ def _cell(value: Any) -> dict[str, Any]:
             made["sub"] = f"n = {inner.n:,}"
     elif isinstance(inner, bool) or inner is None:
         made["text"] = {True: "yes", False: "no", None: "\u2013"}[inner]
-    elif isinstance(inner, int | float):
+    elif isinstance(inner, int):
+        made |= {"text": f"{inner:,}", "numeric": True}
+    elif isinstance(inner, float):
         made |= {"text": number(inner, percent=cell.percent), "numeric": True}
     elif isinstance(inner, Markup):
         made["markup"] = inner
