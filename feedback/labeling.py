@@ -11,7 +11,7 @@ point continues where it stopped, and memory does not grow with the number of ro
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +33,16 @@ from feedback.records import Candidates
 from feedback.shards import MANIFEST, file_sha256, manifest_sha256, read_rows
 from feedback.templates import Template, describe, load_rubric, load_template, render
 
-__all__ = ["JudgeOptions", "Work", "label", "make_judge", "question_plan", "run", "survey"]
+__all__ = [
+    "JudgeOptions",
+    "Work",
+    "answer",
+    "label",
+    "make_judge",
+    "question_plan",
+    "run",
+    "survey",
+]
 
 # Engines that run in this process, whose replies cost nothing but time.
 _LOCAL = ("transformers", "vllm", "replay")
@@ -127,14 +136,25 @@ def run(options: JudgeOptions) -> None:
     template = load_template(options.template)
     plan = question_plan(options, template)
     work = survey(options.candidates, plan)
-    budget = _budget(options)
     if options.dry_run:
-        _say_dry_run(options, template, plan, work, budget)
+        _say_dry_run(options, template, plan, work)
         return
+    answer(options, lambda: _questions(options.candidates, plan), work)
+
+
+def answer(options: JudgeOptions, questions: Callable[[], Iterator[Question]], work: Work) -> None:
+    """Open the judge, ask it ``questions`` about the candidates, and finish the folder.
+
+    Raises:
+        BackendError: the engine cannot give what the template needs, or is gone.
+        BudgetExceeded: a limit was reached.
+    """
+    budget = _budget(options)
+    template = load_template(options.template)
     backend = open_backend(options.engine)
     try:
         judge = make_judge(options, template, backend)
-        label(options, judge, backend, plan=plan, work=work, budget=budget)
+        label(options, judge, backend, questions=questions, work=work, budget=budget)
     finally:
         backend.close()
 
@@ -244,7 +264,7 @@ def label(
     judge: Judge,
     backend: Backend,
     *,
-    plan: QuestionPlan,
+    questions: Callable[[], Iterator[Question]],
     work: Work,
     budget: Budget,
 ) -> None:
@@ -259,14 +279,14 @@ def label(
     try:
         claim_folder(options.out, _run_record(options, judge))
         with ProgressBar("judging", work.questions) as bar:
-            run.ask_all(_questions(options.candidates, plan), bar)
+            run.ask_all(questions(), bar)
         say(run.totals.line())
         if budget.reached:
             raise BudgetExceeded(
                 f"stopped at {budget.reached} with {run.totals.verdicts} verdicts of this run on "
                 "disk; run the same command with a higher limit to continue"
             )
-        run.finish(_manifest(options, judge, plan, work))
+        run.finish(_manifest(options, judge, work))
         _say_outcome(run, work)
     finally:
         run.close()
@@ -315,13 +335,11 @@ def _run_record(options: JudgeOptions, judge: Judge) -> dict[str, Any]:
     }
 
 
-def _manifest(
-    options: JudgeOptions, judge: Judge, plan: QuestionPlan, work: Work
-) -> dict[str, Any]:
+def _manifest(options: JudgeOptions, judge: Judge, work: Work) -> dict[str, Any]:
     return {
         "stage": "judge",
         **_run_record(options, judge),
-        "choices": list(plan.template.choices),
+        "choices": list(judge.template.choices),
         "prompts": work.prompts,
         "questions": work.questions,
         "left_out": {"repeated_or_empty": work.repeated, "single_prompts": work.single},
@@ -348,10 +366,9 @@ def _say_outcome(run: LabelingRun, work: Work) -> None:
         )
 
 
-def _say_dry_run(
-    options: JudgeOptions, template: Template, plan: QuestionPlan, work: Work, budget: Budget
-) -> None:
+def _say_dry_run(options: JudgeOptions, template: Template, plan: QuestionPlan, work: Work) -> None:
     """Print what the run would send, from the questions as rendered."""
+    budget = _budget(options)
     rubric = load_rubric(options.rubric or template.rubric)
     reply = options.reply_tokens or template.max_tokens
     calls = prompt_tokens = 0

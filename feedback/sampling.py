@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from feedback.backends.opening import local_revision, open_backend, resolve_model
 from feedback.config import EngineOptions, recipe_of
@@ -54,6 +54,9 @@ class SampleOptions:
     """System message put before every prompt that has none."""
     refills: int = 2
     """How often missing completions (failed, empty, repeated) are drawn again."""
+    repeats: Literal["redraw", "keep"] = "redraw"
+    """redraw: empty completions and repeats of another are drawn again; keep: they stay, as a fair
+    sample of the policy needs them."""
     seed: int = 0
     """Seed of all draws; each call's own seed follows from it and stands in the row."""
     limit: int | None = None
@@ -102,6 +105,7 @@ def run(options: SampleOptions) -> None:
         top_p=options.top_p,
         max_tokens=options.max_tokens,
         system=options.system,
+        keep_repeats=options.repeats == "keep",
         seed=options.seed,
     )
     try:
@@ -159,6 +163,7 @@ def _run_record(options: SampleOptions, source: Path) -> dict[str, Any]:
         "max_tokens": options.max_tokens,
         "system": options.system,
         "refills": options.refills,
+        "repeats": options.repeats,
         "seed": options.seed,
         "limit": options.limit,
     }

@@ -68,6 +68,7 @@ class SamplingRun:
         top_p: float,
         max_tokens: int,
         system: str | None,
+        keep_repeats: bool,
         seed: int,
     ):
         self.folder = folder
@@ -76,6 +77,7 @@ class SamplingRun:
         self.top_p = top_p
         self.max_tokens = max_tokens
         self.system = system
+        self.keep_repeats = keep_repeats
         self.seed = seed
         self.counts: Counter[str] = Counter()
         self._seconds = 0.0
@@ -170,14 +172,15 @@ class SamplingRun:
             SampleCall(
                 call_id=content_id(row.prompt_id, stage.policy, stage.attempt, temperature),
                 messages=tuple(messages),
-                n=count if temperature > 0 else 1,  # greedy draws are all the same
+                # Greedy draws are all the same.
+                n=count if temperature > 0 or self.keep_repeats else 1,
                 max_tokens=self.max_tokens,
                 temperature=temperature,
                 top_p=self.top_p,
                 seed=self._seed(row.prompt_id, stage, temperature),
             )
             for temperature, count in wanted.items()
-            if temperature > 0 or stage.attempt == 0
+            if temperature > 0 or self.keep_repeats or stage.attempt == 0
         ]
 
     def _seed(self, prompt_id: str, stage: Stage, temperature: float) -> int:
@@ -194,11 +197,12 @@ class SamplingRun:
         for number, (text, reason, logp) in enumerate(
             zip(reply.texts, reply.finish_reasons, logps, strict=True)
         ):
+            name = (prompt_id, text, call.call_id, number) if self.keep_repeats else text
             self.counts["drawn"] += 1
             self.counts["cut off"] += reason == "length"
             found.append(
                 Completion(
-                    completion_id=content_id(prompt_id, text, length=12),
+                    completion_id=content_id(prompt_id, name, length=12),
                     completion=text,
                     model=model,
                     sampling={
@@ -218,6 +222,8 @@ class SamplingRun:
     def _merged(self, entry: _Open) -> Candidates:
         """Return the row with what was drawn for it, without empty texts and repeats."""
         completions = list(entry.row.completions)
+        if self.keep_repeats:
+            return dataclasses.replace(entry.row, completions=completions + entry.drawn)
         seen = {normalise_text(completion.completion) for completion in completions}
         for completion in entry.drawn:
             text = normalise_text(completion.completion)

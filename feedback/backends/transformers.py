@@ -7,6 +7,7 @@ length under a token budget. A question for text, and every sampling call, is de
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -323,8 +324,9 @@ def open_engine(options: EngineOptions, path: str) -> TransformersBackend:
     template_arguments = extra.pop("chat_template_kwargs", {})
     hub = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **hub)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **hub, **extra)
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(path, **hub)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **hub, **extra)
     except (OSError, ValueError, TypeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise BackendError(f"cannot load {options.model!r} with transformers: {first}") from error
@@ -340,6 +342,20 @@ def open_engine(options: EngineOptions, path: str) -> TransformersBackend:
         batch_tokens=options.batch_tokens,
         max_length=min(filter(None, (options.max_model_len, limit, 1 << 20))),
     )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Load without the library's own progress bars, which would break ours."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _with_adapter(model: Any, folder: str) -> Any:
