@@ -12,18 +12,17 @@ what soft comparisons vary by; ``bootstrap`` does not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import connected_components
 
 from feedback.choice_model import Stages, fit_choices
 from feedback.strengths import Strengths, sum_zero_basis
 
-__all__ = ["Duel", "bootstrap_intervals", "fit_bradley_terry"]
+__all__ = ["Duel", "bootstrap_intervals", "fit_bradley_terry", "is_connected"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -60,6 +59,8 @@ def fit_bradley_terry(
             "some items never lost to the others, directly or in turn: without a prior their "
             "strengths are infinite; give prior_sd"
         )
+    if count == 2 and not ties and prior_sd is None:
+        return _two_items(duels)
     basis = sum_zero_basis(count)
     stages = _stages(basis, duels, ties=ties)
     parameters = stages.features.shape[2]
@@ -76,6 +77,23 @@ def fit_bradley_terry(
         covariance=basis @ inverse @ basis.T,
         tie=float(fit.beta[-1]) if ties else None,
         log_likelihood=fit.log_likelihood,
+    )
+
+
+def _two_items(duels: Sequence[Duel]) -> Strengths:
+    """Return the closed form: the log-odds of the first item's share."""
+    win = sum(
+        duel.win + duel.tie / 2 if duel.i == 0 else duel.lose + duel.tie / 2 for duel in duels
+    )
+    total = sum(map(_weight, duels))
+    share = win / total
+    half = math.log(share / (1.0 - share)) / 2
+    variance = 1.0 / (4.0 * total * share * (1.0 - share))
+    return Strengths(
+        values=np.array([half, -half]),
+        covariance=variance * np.array([[1.0, -1.0], [-1.0, 1.0]]),
+        tie=None,
+        log_likelihood=win * math.log(share) + (total - win) * math.log(1.0 - share),
     )
 
 
@@ -100,16 +118,33 @@ def _stages(basis: Floats, duels: Sequence[Duel], *, ties: bool) -> Stages:
     return Stages(features, weights, np.ones(weights.shape, dtype=bool))
 
 
+def is_connected(count: int, duels: Sequence[Duel]) -> bool:
+    """Return whether comparisons, direct or in turn, link every item with every other."""
+    return _pinned_down(count, [Duel(duel.i, duel.j, 1.0, 1.0) for duel in duels])
+
+
 def _pinned_down(count: int, duels: Sequence[Duel]) -> bool:
     """Return whether every item reaches every other along wins and ties."""
-    edges = [(duel.i, duel.j) for duel in duels if duel.win + duel.tie > 0]
-    edges += [(duel.j, duel.i) for duel in duels if duel.lose + duel.tie > 0]
-    if not edges:
-        return count == 1
-    rows, columns = zip(*edges, strict=True)
-    graph = csr_array((np.ones(len(edges)), (rows, columns)), shape=(count, count))
-    groups: int = connected_components(graph, connection="strong")[0]
-    return groups == 1
+    ahead: list[set[int]] = [set() for _ in range(count)]
+    behind: list[set[int]] = [set() for _ in range(count)]
+    for i, j, win, lose, tie in duels:
+        if win + tie > 0:
+            ahead[i].add(j)
+            behind[j].add(i)
+        if lose + tie > 0:
+            ahead[j].add(i)
+            behind[i].add(j)
+    return all(len(_reached(edges)) == count for edges in (ahead, behind))
+
+
+def _reached(edges: Sequence[set[int]]) -> set[int]:
+    """Return the items that item 0 reaches, itself included."""
+    reached, frontier = {0}, [0]
+    while frontier:
+        found = edges[frontier.pop()] - reached
+        reached |= found
+        frontier += found
+    return reached
 
 
 def bootstrap_intervals(

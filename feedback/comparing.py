@@ -11,10 +11,11 @@ import dataclasses
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from feedback.ordering import Orders, merge_orders
+from feedback.ranking import criterion_of
 from feedback.records import Comparison, Outcome, Verdict
 from feedback.verdict_index import VerdictIndex
 
@@ -41,14 +42,22 @@ def pairs_in_list(verdict: Verdict) -> Iterator[Verdict]:
         )
 
 
-def compare_ratings(first: Sequence[Verdict], second: Sequence[Verdict]) -> Comparison:
-    """Compare two completions of one prompt by their ratings (all repeats of each)."""
+def compare_ratings(
+    first: Sequence[Verdict],
+    second: Sequence[Verdict],
+    *,
+    weights: Mapping[str, float] | None = None,
+) -> Comparison:
+    """Compare two completions of one prompt by their ratings (all repeats of each).
+
+    With several criteria rated one by one, P(a preferred) is the weighted mean over them, and each
+    criterion must have been rated on both sides.
+    """
     a, b = sorted((first, second), key=lambda verdicts: verdicts[0].shown[0])
     undecided = [row.outcome for row in (*a, *b) if row.outcome != "decided"]
-    p = None
-    if not undecided:
-        chances = [_beats(one, two) for one in a for two in b]
-        p = math.fsum(chances) / len(chances)
+    p = None if undecided else _mean_chance(a, b, weights or {"": 1.0})
+    if p is None and not undecided:
+        undecided = ["failed"]
     outcome: Outcome = undecided[0] if undecided else "tie" if p == 0.5 else "decided"
     masses = [row.mass for row in (*a, *b) if row.mass is not None]
     return Comparison(
@@ -64,6 +73,20 @@ def compare_ratings(first: Sequence[Verdict], second: Sequence[Verdict]) -> Comp
     )
 
 
+def _mean_chance(
+    a: Sequence[Verdict], b: Sequence[Verdict], weights: Mapping[str, float]
+) -> float | None:
+    parts = []
+    for criterion, weight in weights.items():
+        mine = [row for row in a if criterion_of(row) == criterion]
+        other = [row for row in b if criterion_of(row) == criterion]
+        if not mine or not other:
+            return None
+        chances = [_beats(one, two) for one in mine for two in other]
+        parts.append(weight * math.fsum(chances) / len(chances))
+    return math.fsum(parts) / math.fsum(weights.values())
+
+
 def _beats(one: Verdict, two: Verdict) -> float:
     """Return P(one rated above two), level ratings counting half."""
     if one.probs is None or two.probs is None:
@@ -76,8 +99,19 @@ def _beats(one: Verdict, two: Verdict) -> float:
     return total
 
 
-def prompt_comparisons(verdicts: Iterable[Verdict], *, orders: Orders = "both") -> list[Comparison]:
-    """Return the comparisons in the verdicts of one prompt, of whatever kind."""
+def prompt_comparisons(
+    verdicts: Iterable[Verdict],
+    *,
+    orders: Orders = "both",
+    weights: Mapping[str, float] | None = None,
+) -> list[Comparison]:
+    """Return the comparisons in the verdicts of one prompt, of whatever kind.
+
+    Args:
+        verdicts: of one prompt.
+        orders: which were asked.
+        weights: of criteria that were rated one by one.
+    """
     pairs: dict[tuple[str, ...], list[Verdict]] = defaultdict(list)
     rated: dict[str, list[Verdict]] = defaultdict(list)
     for verdict in verdicts:
@@ -88,7 +122,10 @@ def prompt_comparisons(verdicts: Iterable[Verdict], *, orders: Orders = "both") 
         for row in single:
             pairs[tuple(sorted(row.shown))].append(row)
     found = [merge_orders(rows, orders=orders) for rows in pairs.values()]
-    found += [compare_ratings(*both) for both in itertools.combinations(rated.values(), 2)]
+    found += [
+        compare_ratings(*both, weights=weights)
+        for both in itertools.combinations(rated.values(), 2)
+    ]
     return found
 
 

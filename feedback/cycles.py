@@ -36,6 +36,9 @@ def cyclic_triples(
         comparisons: (i, j, P(i preferred to j)); several of one pair are averaged.
         most: triples listed.
     """
+    comparisons = list(comparisons)
+    if len(comparisons) < 3:
+        return Cycles(0, 0, [])
     total = np.zeros((count, count))
     seen = np.zeros((count, count))
     for i, j, p in comparisons:

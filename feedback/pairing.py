@@ -112,13 +112,22 @@ def run(options: PairOptions) -> None:
         for row in checked_candidates(options.candidates):
             verdicts = index.verdicts(row.prompt_id)
             read += len(verdicts)
-            found = prompt_comparisons(verdicts, orders=orders)
+            found = prompt_comparisons(verdicts, orders=orders, weights=manifest.get("criteria"))
             _check_known(row, found, options)
             completions = {entry.completion_id: entry for entry in row.completions}
             labelled = usable(found, completions, calibrate(found), counts)
-            for preference in preference_rows(row, labelled, rules, source=source, counts=counts):
+            ranking = ranking_row(
+                row,
+                labelled,
+                rules,
+                source=source,
+                verdicts=verdicts,
+                weights=manifest.get("criteria"),
+            )
+            for preference in preference_rows(
+                row, labelled, rules, ranking=ranking, source=source, counts=counts
+            ):
                 preferences.append(preference)
-            ranking = ranking_row(row, labelled, rules, source=source)
             if ranking is not None:
                 rankings.append(ranking)
             bar.advance()

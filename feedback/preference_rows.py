@@ -5,13 +5,13 @@ Pure functions; every rule by which a comparison becomes a row, or does not, is 
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from feedback.bradley_terry import Duel, fit_bradley_terry
+from feedback.ranking import RankedPair, rank_lists, rank_pairs, rank_ratings
 from feedback.records import (
     Candidates,
     Comparison,
@@ -20,16 +20,13 @@ from feedback.records import (
     Preference,
     PromptText,
     Ranking,
+    Verdict,
     content_id,
     normalise_text,
     prompt_messages,
 )
 
-__all__ = ["Labelled", "PairRules", "preference_rows", "ranking_row", "strengths", "usable"]
-
-# Standard deviation of the normal prior on Bradley-Terry strengths, in log-odds: wide enough to
-# leave clear preferences alone, and it keeps a completion that won every time finite.
-_PRIOR_SD = 2.0
+__all__ = ["Labelled", "PairRules", "preference_rows", "ranking_row", "usable"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,20 +80,6 @@ def usable(
     return kept
 
 
-def strengths(labelled: Sequence[Labelled]) -> dict[str, float]:
-    """Return Bradley-Terry strengths (log-odds) by completion id; {} without comparisons."""
-    ids = sorted({name for row in labelled for name in _ids(row)})
-    if len(ids) < 2:
-        return {}
-    place = {name: number for number, name in enumerate(ids)}
-    duels = [
-        Duel(place[row.first.completion_id], place[row.second.completion_id], row.p, 1.0 - row.p)
-        for row in labelled
-    ]
-    fit = fit_bradley_terry(len(ids), duels, prior_sd=_PRIOR_SD)
-    return {name: float(fit.values[place[name]]) for name in ids}
-
-
 def _ids(row: Labelled) -> tuple[str, str]:
     return row.first.completion_id, row.second.completion_id
 
@@ -106,11 +89,21 @@ def preference_rows(
     labelled: Sequence[Labelled],
     rules: PairRules,
     *,
+    ranking: Ranking | None,
     source: Mapping[str, Any],
     counts: Counter[str],
 ) -> list[Preference]:
-    """Return the preferences of one prompt, and count what was left out and why."""
-    chosen = _select(labelled, rules)
+    """Return the preferences of one prompt, and count what was left out and why.
+
+    Args:
+        candidates: the prompt's completions.
+        labelled: its comparisons that hold a label.
+        rules: which of them become rows.
+        ranking: of the same prompt; says which completions are best and worst.
+        source: what each row's ``source`` begins with.
+        counts: gets what was kept and left out.
+    """
+    chosen = _select(candidates, labelled, rules, ranking)
     rows: list[Preference] = []
     for row in chosen:
         near = not row.tie and abs(row.p - 0.5) < rules.band
@@ -132,13 +125,24 @@ def preference_rows(
     return rows
 
 
-def _select(labelled: Sequence[Labelled], rules: PairRules) -> list[Labelled]:
-    if rules.pairs == "all" or not labelled:
+def _select(
+    candidates: Candidates,
+    labelled: Sequence[Labelled],
+    rules: PairRules,
+    ranking: Ranking | None,
+) -> list[Labelled]:
+    if rules.pairs == "all" or ranking is None:
         return list(labelled)
-    scores = strengths(labelled)
+    ids = [entry.completion_id for entry in candidates.completions]
+    scores = {
+        name: score for name, score in zip(ids, ranking.scores, strict=True) if score is not None
+    }
+    compared = [row for row in labelled if set(_ids(row)) <= set(scores)]
+    if not compared:
+        return []
     best = max(scores, key=lambda name: (scores[name], name))
-    rest = [row for row in labelled if best in _ids(row)]
-    if rules.pairs == "best-rest":
+    rest = [row for row in compared if best in _ids(row)]
+    if rules.pairs == "best-rest" or not rest:
         return rest
     # The worst that was compared with the best: a label is a comparison, not an inference.
     return [min(rest, key=lambda row: sum(scores[name] for name in _ids(row)))]
@@ -190,34 +194,35 @@ def ranking_row(
     rules: PairRules,
     *,
     source: Mapping[str, Any],
+    verdicts: Sequence[Verdict] = (),
+    weights: Mapping[str, float] | None = None,
 ) -> Ranking | None:
-    """Return the ranking of one prompt by Bradley-Terry strengths, or None without comparisons.
+    """Return the ranking of one prompt, or None without comparisons.
 
-    Completions that were never compared keep a null score and stand in no group.
+    Lists are fitted as lists and ratings keep their scale; anything else is Bradley-Terry strengths
+    of the comparisons. Completions that were never judged have a null score and stand in no group.
+
+    Args:
+        candidates: the prompt's completions.
+        labelled: its comparisons that hold a label.
+        rules: form of the rows.
+        source: what the row's ``source`` begins with.
+        verdicts: behind the comparisons.
+        weights: of criteria that were rated one by one.
     """
-    scores = strengths(labelled)
-    if not scores:
+    pairs = [RankedPair(*_ids(row), row.p, row.tie) for row in labelled]
+    kinds = {verdict.kind for verdict in verdicts}
+    if kinds == {"listwise"}:
+        ranking = rank_lists(candidates, verdicts, pairs)
+    elif kinds == {"rating"}:
+        ranking = rank_ratings(candidates, verdicts, pairs, weights=weights)
+    else:
+        ranking = rank_pairs(candidates, pairs)
+    if ranking is None:
         return None
-    completions = candidates.completions
-    place = {entry.completion_id: number for number, entry in enumerate(completions)}
-    order = sorted(scores, key=lambda name: (-scores[name], place[name]))
-    groups: list[list[int]] = []
-    last = math.inf
-    for name in order:
-        if math.isclose(scores[name], last, abs_tol=1e-9):
-            groups[-1].append(place[name])
-        else:
-            groups.append([place[name]])
-        last = scores[name]
-    return Ranking(
+    votes = {vote for row in labelled for vote in row.votes}
+    return dataclasses.replace(
+        ranking,
         prompt=prompt_messages(candidates.prompt) if rules.messages else candidates.prompt,
-        completions=[entry.completion for entry in completions],
-        scores=[scores.get(entry.completion_id) for entry in completions],
-        ranking=groups,
-        prompt_id=candidates.prompt_id,
-        comparisons=[
-            (place[row.first.completion_id], place[row.second.completion_id], row.p)
-            for row in labelled
-        ],
-        source={**source, "verdicts": sorted({vote for row in labelled for vote in row.votes})},
+        source={**source, **ranking.source, "verdicts": sorted(votes)},
     )

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
 
-from feedback.bradley_terry import Duel, fit_bradley_terry
+from feedback.bradley_terry import Duel, fit_bradley_terry, is_connected
 from feedback.cycles import cyclic_triples, kendall_tau
 from feedback.plackett_luce import fit_plackett_luce
 from feedback.records import Candidates, Ranking, Verdict
@@ -66,7 +66,7 @@ def rank_pairs(candidates: Candidates, pairs: Sequence[RankedPair]) -> Ranking |
         for (i, j, p), pair in zip(triples, pairs, strict=True)
     ]
     ties = any(duel.tie for duel in duels)
-    connected = _connected(len(items), duels)
+    connected = is_connected(len(items), duels)
     fit = fit_bradley_terry(
         len(items), duels, ties=ties, prior_sd=None if connected else _LOOSE_PRIOR_SD
     )
@@ -85,19 +85,6 @@ def rank_pairs(candidates: Candidates, pairs: Sequence[RankedPair]) -> Ranking |
 def _triples(candidates: Candidates, pairs: Sequence[RankedPair]) -> list[tuple[int, int, float]]:
     place = {row.completion_id: index for index, row in enumerate(candidates.completions)}
     return [(place[pair.first], place[pair.second], pair.p) for pair in pairs]
-
-
-def _connected(count: int, duels: Iterable[Duel]) -> bool:
-    reached, frontier = {0}, [0]
-    neighbours = defaultdict(set)
-    for duel in duels:
-        neighbours[duel.i].add(duel.j)
-        neighbours[duel.j].add(duel.i)
-    while frontier:
-        found = neighbours[frontier.pop()] - reached
-        reached |= found
-        frontier += found
-    return len(reached) == count
 
 
 def rank_lists(

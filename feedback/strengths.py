@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import norm
+from scipy.special import ndtri
 
 __all__ = ["Strengths", "sum_zero_basis"]
 
@@ -31,7 +32,7 @@ class Strengths:
 
     def intervals(self, level: float = 0.95) -> Floats:
         """Return (k, 2): lower and upper ends of each value's interval, by normal approximation."""
-        half = norm.ppf(0.5 + level / 2) * np.sqrt(np.diag(self.covariance))
+        half = ndtri(0.5 + level / 2) * np.sqrt(np.diag(self.covariance))
         return np.stack([self.values - half, self.values + half], axis=1)
 
     def difference_sd(self) -> Floats:
@@ -49,7 +50,10 @@ class Strengths:
         return np.asarray((win + tie / 2) / (win + lose + tie))
 
 
+@lru_cache(maxsize=256)
 def sum_zero_basis(count: int) -> Floats:
     """Return (count, count - 1) with orthonormal columns that each sum to 0."""
     full = np.eye(count) - 1.0 / count
-    return np.asarray(np.linalg.svd(full)[0][:, : count - 1])
+    basis = np.asarray(np.linalg.svd(full)[0][:, : count - 1])
+    basis.setflags(write=False)  # one array serves every caller
+    return basis

@@ -38,6 +38,15 @@ def test_two_items_by_hand():
     assert high - low == pytest.approx(2 * 1.959964 * math.sqrt(4 / 3) / 2, abs=1e-5)
 
 
+def test_closed_form_of_two_items_is_the_general_fit():
+    duels = [Duel(0, 1, 0.9, 0.3, 0.4), Duel(1, 0, 0.2, 1.0)]
+    closed = fit_bradley_terry(2, duels)
+    general = fit_bradley_terry(2, duels, prior_sd=1e6)
+    assert closed.values == pytest.approx(general.values, abs=1e-6)
+    assert closed.covariance == pytest.approx(general.covariance, abs=1e-6)
+    assert closed.log_likelihood == pytest.approx(general.log_likelihood)
+
+
 def test_one_soft_comparison_is_the_judges_own_log_odds():
     fit = fit_bradley_terry(2, [Duel(0, 1, 0.8, 0.2)])
     assert fit.values[0] - fit.values[1] == pytest.approx(math.log(4))
