@@ -108,19 +108,23 @@ def block_layout(runs: Sequence[Run], size: int) -> BlockLayout:
     count = -(-size // BLOCK)
     some = np.zeros((count, count), dtype=bool)
     whole = np.zeros((count, count), dtype=bool)
-    for start, end, prompt_start, prompt_end in runs:
-        for block in range(start // BLOCK, (end - 1) // BLOCK + 1):
-            low, high = block * BLOCK, (block + 1) * BLOCK
-            some[block, start // BLOCK : (min(end, high) - 1) // BLOCK + 1] = True
-            if prompt_end > prompt_start:
-                some[block, prompt_start // BLOCK : (prompt_end - 1) // BLOCK + 1] = True
-            if start <= low and high <= end:
-                whole[block, -(-start // BLOCK) : block] = True
-                whole[block, -(-prompt_start // BLOCK) : max(prompt_end // BLOCK, 0)] = True
+    # Every query of a block must be able to read a key block as a whole: what all runs share.
+    seen = np.zeros(count, dtype=bool)
+    for run in runs:
+        for block in range(run.start // BLOCK, (run.end - 1) // BLOCK + 1):
+            some[
+                block, run.start // BLOCK : (min(run.end, (block + 1) * BLOCK) - 1) // BLOCK + 1
+            ] = True
+            if run.prompt_end > run.prompt_start:
+                some[block, run.prompt_start // BLOCK : (run.prompt_end - 1) // BLOCK + 1] = True
+            readable = _whole_blocks(run, block, count)
+            whole[block] = whole[block] & readable if seen[block] else readable
+            seen[block] = True
     # Padding reads itself, so that no softmax is over nothing.
     covered = runs[-1].end if runs else 0
     for block in range(covered // BLOCK, count):
         some[block, block] = True
+        whole[block] = False
     partial = some & ~whole
     return BlockLayout(
         *_block_lists(partial),
@@ -128,6 +132,19 @@ def block_layout(runs: Sequence[Run], size: int) -> BlockLayout:
         *_block_lists(partial.T),
         *_block_lists(whole.T),
     )
+
+
+def _whole_blocks(run: Run, block: int, count: int) -> np.ndarray:
+    """Return which key blocks all of the run's queries in a block of queries may read entirely."""
+    readable = np.zeros(count, dtype=bool)
+    low = block * BLOCK
+    own = run.start if run.start <= low else low
+    prompt_end = run.prompt_end
+    if run.prompt_end == own < low:  # the prompt's end and the run's start may share a block
+        prompt_end = low
+    readable[-(-run.prompt_start // BLOCK) : prompt_end // BLOCK] = True
+    readable[-(-own // BLOCK) : block] = True
+    return readable
 
 
 def _block_lists(chosen: np.ndarray) -> tuple[Tensor, Tensor]:
