@@ -33,7 +33,7 @@ from train.data import Group
 from train.models import resolve_model
 from train.trainer import Objective, PackedTrainer, newest_checkpoint
 
-__all__ = ["Trained", "announce", "finished", "fit"]
+__all__ = ["Trained", "announce", "conclude", "finished", "fit"]
 
 # Options that change where or how fast a run goes, not what it computes.
 _FREE = {
@@ -102,16 +102,51 @@ def fit(
         callbacks=callbacks,
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    figures: dict[str, Any] = {"steps": trainer.state.global_step}
-    figures |= _last_losses(trainer.state.log_history)
-    figures |= trainer.throughput.summary()
+    figures = trainer.throughput.summary()
     if eval_groups:
         figures |= trainer.evaluate()
-    figures["seconds"] = time.perf_counter() - started
+    return conclude(
+        options,
+        command=command,
+        trainer=trainer,
+        figures=figures,
+        seconds=time.perf_counter() - started,
+        report=report,
+        extra=extra,
+    )
+
+
+def conclude(
+    options: TrainOptions,
+    *,
+    command: str,
+    trainer: Any,
+    figures: dict[str, Any],
+    seconds: float,
+    report: DataReport,
+    extra: dict[str, Any] | None = None,
+) -> Trained:
+    """Save what a transformers trainer has trained, and write down what happened.
+
+    Args:
+        options: of the run.
+        command: its name.
+        trainer: after training.
+        figures: speed and evaluation.
+        seconds: what the run took.
+        report: what reading the data found.
+        extra: more facts for ``training.json``.
+    """
+    figures = {
+        "steps": trainer.state.global_step,
+        **_last_losses(trainer.state.log_history),
+        **figures,
+        "seconds": seconds,
+    }
     if trainer.is_world_process_zero():
-        _save(trainer, output)
+        _save(trainer, options.output)
         _record(options, command, figures, report, extra or {})
-    return Trained(output, figures, _line(command, figures, output))
+    return Trained(options.output, figures, _line(command, figures, options.output))
 
 
 def announce(trained: Trained) -> None:
@@ -172,7 +207,7 @@ def _checkpoint(options: TrainOptions, command: str) -> Path | None:
     return None
 
 
-def _save(trainer: PackedTrainer, output: Path) -> None:
+def _save(trainer: Any, output: Path) -> None:
     """Write model and tokenizer beside the folder first, then move the files in."""
     temporary = output / ".saving"
     shutil.rmtree(temporary, ignore_errors=True)
