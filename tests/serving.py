@@ -46,9 +46,9 @@ def free_port() -> int:
 def make_judge(folder: Path, *, seed: int = 0) -> Path:
     """Write a random Llama that vLLM's CPU engine accepts (head size 32) and that likes labels.
 
-    All embeddings share a direction, and the output rows of A, B and C lean towards it: about half
-    of the probability of a reply's first token is on the labels, and which label wins depends on
-    the prompt.
+    All embeddings share a direction, and the output rows of A, B and C lean towards it: most of the
+    probability of a reply's first token is on the labels. Sharp attention makes the split between
+    them depend on the prompt.
     """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -76,7 +76,7 @@ def make_judge(folder: Path, *, seed: int = 0) -> Path:
         num_key_value_heads=2,
         max_position_embeddings=4096,
         tie_word_embeddings=False,
-        initializer_range=0.15,
+        initializer_range=0.05,
         pad_token_id=0,
         eos_token_id=1,
         bos_token_id=None,
@@ -86,9 +86,14 @@ def make_judge(folder: Path, *, seed: int = 0) -> Path:
     with torch.no_grad():
         shared = torch.randn(config.hidden_size)
         shared /= shared.norm()
-        model.get_input_embeddings().weight += 3.0 * shared
+        model.get_input_embeddings().weight.mul_(4.0).add_(3.0 * shared)
+        output = model.get_output_embeddings().weight.mul_(4.0)
         for label in "ABC":
-            model.get_output_embeddings().weight[vocabulary[label]] += 0.8 * shared
+            row = output[vocabulary[label]]
+            row += (2.0 - row @ shared) * shared
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight *= 8.0
+            layer.self_attn.k_proj.weight *= 8.0
     model.save_pretrained(folder)
     return folder
 

@@ -18,7 +18,7 @@ from feedback.backends.redacting import Redactor
 from feedback.backends.retrying import RequestFailed, failure_of_status, retry_after_seconds
 from feedback.errors import BackendError
 
-__all__ = ["HttpTransport", "Transport", "needs_proxy"]
+__all__ = ["HttpTransport", "Transport", "needs_proxy", "split_url"]
 
 
 class Transport(Protocol):
@@ -60,7 +60,7 @@ class HttpTransport:
         headers: dict[str, str] | None = None,
         redact: Redactor,
     ):
-        url = _split(base_url)
+        url = split_url(base_url)
         self._redact = redact
         self._timeout_s = timeout_s
         self._path = url.path.rstrip("/")
@@ -140,7 +140,12 @@ def needs_proxy(base_url: str) -> bool:
     return url.scheme in urllib.request.getproxies()
 
 
-def _split(base_url: str) -> SplitResult:
+def split_url(base_url: str) -> SplitResult:
+    """Return the parts of an endpoint's URL.
+
+    Raises:
+        BackendError: it is no http(s) URL.
+    """
     try:
         url = urlsplit(base_url)
         if url.scheme in ("http", "https") and url.hostname and url.port != 0:

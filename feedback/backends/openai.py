@@ -16,15 +16,15 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult
 
 from feedback.backends import Capabilities, JudgeCall, JudgeReply, SampleCall, SampleReply
 from feedback.backends.chat_bodies import Bodies, Dialect
 from feedback.backends.chat_replies import SampleReading, read_judge, read_sample
-from feedback.backends.http import HttpTransport, Transport, needs_proxy
+from feedback.backends.http import HttpTransport, Transport, needs_proxy, split_url
 from feedback.backends.limits import Gate, GateState
 from feedback.backends.probing import probe
-from feedback.backends.redacting import Redactor, endpoint_name
+from feedback.backends.redacting import Redactor
 from feedback.backends.retrying import RequestFailed, RetryBudget, RetryPolicy
 from feedback.backends.sdk import SdkTransport
 from feedback.backends.window import LoopThread, stream
@@ -35,6 +35,7 @@ from feedback.records import JudgeIdentity, Usage
 __all__ = ["EndpointExtra", "OpenAIBackend", "open_engine"]
 
 Reading = TypeVar("Reading")
+_OPENAI = "https://api.openai.com/v1"
 _HOSTED = (
     "openai.com",
     "azure.com",
@@ -91,16 +92,19 @@ class OpenAIBackend:
             ``EndpointExtra``.
 
     Raises:
-        BackendError: the key that a hosted API needs is not in the environment.
+        BackendError: the key that a hosted API needs is not in the environment, or ``base_url`` is
+            no http(s) URL.
         RecipeError: ``extra`` holds an unknown key.
     """
 
     def __init__(self, options: EngineOptions):
         self.options = options
         self.extra = build_options(EndpointExtra, options.extra)
+        url = split_url(options.base_url or _OPENAI)
         self._key = os.environ.get(options.api_key_env) or None
-        self.redact = Redactor(_secrets(options.base_url or "", self._key, self.extra.headers))
-        host = endpoint_name(options.base_url or "https://api.openai.com")
+        self.redact = Redactor(_secrets(url, self._key, self.extra.headers))
+        host = url.hostname or ""
+        self._endpoint = host if url.port is None else f"{host}:{url.port}"
         hosted = any(host == name or host.endswith(f".{name}") for name in _HOSTED)
         proxied = options.base_url is not None and needs_proxy(options.base_url)
         self.uses_sdk = self.extra.transport == "sdk" or (
@@ -111,6 +115,7 @@ class OpenAIBackend:
                 f"{host} needs a key: set the environment variable {options.api_key_env} "
                 "(or name another one with api_key_env)"
             )
+        # Without the port: the same server started again elsewhere is the same judge.
         self.identity = JudgeIdentity(model=options.model, revision=options.revision, endpoint=host)
         self.bodies = Bodies(options.model, dialect=Dialect(), extra=self.extra.body)
         # Room for every open call to be retried once over; a long outage exceeds it.
@@ -148,7 +153,7 @@ class OpenAIBackend:
             )
         else:
             self._transport = HttpTransport(
-                options.base_url or "https://api.openai.com/v1",
+                options.base_url or _OPENAI,
                 key=self._key,
                 timeout_s=options.timeout_s,
                 headers=headers,
@@ -186,9 +191,7 @@ class OpenAIBackend:
         """
         thread = self.open()
         assert self._transport is not None
-        found = thread.run(
-            probe(self._transport, self.bodies, labels, endpoint=self.identity.endpoint or "")
-        )
+        found = thread.run(probe(self._transport, self.bodies, labels, endpoint=self._endpoint))
         self.bodies.dialect = found.dialect
         return found.capabilities
 
@@ -325,7 +328,7 @@ class OpenAIBackend:
         self._failures_in_a_row += 1
         if self._failures_in_a_row >= max(32, self.options.concurrency // 4):
             raise BackendError(
-                f"{self.identity.endpoint} failed {self._failures_in_a_row} calls in a row, the "
+                f"{self._endpoint} failed {self._failures_in_a_row} calls in a row, the "
                 f"last with: {failure}. What is finished is kept; run the command again to go on"
             )
 
@@ -336,16 +339,11 @@ def open_engine(options: EngineOptions, path: str) -> OpenAIBackend:
 
 
 def _secrets(
-    base_url: str, key: str | None, headers: dict[str, str] | None
+    url: SplitResult, key: str | None, headers: dict[str, str] | None
 ) -> Iterator[str | None]:
     """Everything that no message may show."""
     yield key
     yield from (headers or {}).values()
-    try:
-        url = urlsplit(base_url)
-    except ValueError:
-        yield base_url
-        return
     if url.password:
         yield url.password
         yield f"{url.username}:{url.password}"

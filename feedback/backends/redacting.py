@@ -10,9 +10,9 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Iterable
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
-__all__ = ["Redactor", "endpoint_name"]
+__all__ = ["Redactor"]
 
 _SHAPES = (
     # user:password@ in any URL
@@ -59,10 +59,3 @@ class Redactor:
             text = shape.sub(replacement, text)
         text = " ".join(text.split())
         return text if len(text) <= self._longest else text[: self._longest - 3] + "..."
-
-
-def endpoint_name(base_url: str) -> str:
-    """Return host and port of a URL: what may be recorded of it."""
-    parts = urlsplit(base_url if "://" in base_url else f"//{base_url}")
-    host = parts.hostname or ""
-    return host if parts.port is None else f"{host}:{parts.port}"
