@@ -81,10 +81,10 @@ def test_documents_are_causal_and_apart() -> None:
     texts = [[4, 8, 15, 16, 23, 42], [3, 1, 4]]
     groups = [Group(prompt_id="", prompt_ids=ids[:1], completions=[ids[1:]]) for ids in texts]
     batch = with_layout(pack_groups(groups), "blocks")
-    packed = completion_logps(model, batch).logps
+    packed = completion_logps(model, batch).logps.detach()
     for value, ids in zip(packed, texts, strict=True):
         row = torch.tensor([ids])
-        loss = model(input_ids=row, labels=row).loss  # mean over n - 1 tokens
+        loss = model(input_ids=row, labels=row).loss.detach()  # mean over n - 1 tokens
         assert float(value) == pytest.approx(-float(loss) * (len(ids) - 1), rel=1e-5)
 
 
