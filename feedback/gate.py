@@ -297,7 +297,7 @@ def check_gate(
 
 def _card_of(source: Path, candidates: Path | str | None, gold: Path | str | None) -> ReportCard:
     from feedback.card import read_card
-    from feedback.report import card_of_folder
+    from feedback.report_run import card_of_folder
 
     if source.is_file() or source.suffix == ".json":
         return read_card(source)

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from feedback.errors import InputError
 from feedback.ordering import first_probability
 from feedback.records import (
+    ORDER_UNKNOWN,
     Candidates,
     Completion,
     GoldPair,
@@ -125,6 +126,19 @@ class Pairs:
     def both(self) -> npt.NDArray[np.bool_]:
         """(n,): both orders have a verdict (a tie is one)."""
         return np.asarray(np.isfinite(self.winner[:, 0]) & np.isfinite(self.winner[:, 1]))
+
+    @property
+    def order_known(self) -> npt.NDArray[np.bool_]:
+        """(n, 2): there is a verdict, and it is known which completion stood first."""
+        return np.array(
+            [[one is not None and ORDER_UNKNOWN not in one.flags for one in pair]
+             for pair in self.verdicts], bool,
+        ).reshape(-1, 2)  # fmt: skip
+
+    @property
+    def swapped(self) -> npt.NDArray[np.bool_]:
+        """(n,): both orders have a verdict and are known as such; what position bias is read of."""
+        return np.asarray(self.both & self.order_known.all(axis=1) & self.ordered)
 
     @property
     def verdict(self) -> Floats:

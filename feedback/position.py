@@ -28,7 +28,7 @@ _TINY = 1e-6
 
 def order_consistency(pairs: Pairs) -> Estimate:
     """Return the share of pairs, asked in both orders, with the same verdict in both; ties kept."""
-    rows = pairs.take(pairs.both)
+    rows = pairs.take(pairs.swapped)
     return proportion(rows.winner[:, 0] == rows.winner[:, 1], rows.prompt)
 
 
@@ -38,7 +38,7 @@ def slot_counts(pairs: Pairs) -> Masks:
     ``first`` and ``second``: the same slot in both orders. ``first_once`` and ``second_once``: that
     slot in one order and a tie in the other. ``same``: the same verdict in candidate space.
     """
-    winner = pairs.winner[pairs.both]
+    winner = pairs.winner[pairs.swapped]
     first = (winner[:, 0] == 1) & (winner[:, 1] == -1)
     second = (winner[:, 0] == -1) & (winner[:, 1] == 1)
     tie_once = (winner == 0).sum(axis=1) == 1
@@ -61,7 +61,7 @@ def logit_shift(pairs: Pairs, resampler: Resampler) -> Estimate:
     whatever the quality; so the shift is half the log odds of those two counts, and its interval is
     that of a binomial share.
     """
-    rows = pairs.take(pairs.both)
+    rows = pairs.take(pairs.swapped)
     logits = _first_logits(rows)
     if len(logits) and np.isfinite(logits).all():
         return mean(resampler, rows.prompt, logits.mean(axis=1))
@@ -104,19 +104,19 @@ def _first_logits(pairs: Pairs) -> npt.NDArray[np.float64]:
 
 def position_section(pairs: Pairs, resampler: Resampler) -> CardSection:
     """Return the card's part on position bias."""
-    rows = pairs.take(pairs.both)
-    if not pairs.ordered or not len(rows):
-        why = (
-            "Ratings have no order."
-            if not pairs.ordered
-            else "No pair was asked in both orders, so nothing can be said about position beyond "
-            "the share of first-slot verdicts."
-        )
+    rows = pairs.take(pairs.swapped)
+    if not len(rows):
+        known = pairs.ordered and pairs.order_known.any()
         return CardSection(
             name="position_bias",
             title="Position",
-            figures=[_single_order(pairs)] if pairs.ordered else [],
-            notes=[why],
+            figures=[_single_order(pairs)] if known else [],
+            notes=[
+                "No pair was asked in both orders; the share of first-place verdicts is all that "
+                "can be said."
+                if known
+                else "Which answer stood first is not known (or, for ratings, means nothing)."
+            ],
         )
     counts = slot_counts(pairs)
     figures = [
@@ -267,7 +267,7 @@ def _direction(
 
 def _single_order(pairs: Pairs) -> Figure:
     """P(prefer the first slot) over single decided verdicts, orders pooled."""
-    decided = np.isfinite(pairs.winner) & (pairs.winner != 0)
+    decided = np.isfinite(pairs.winner) & (pairs.winner != 0) & pairs.order_known
     first = np.where([True, False], pairs.winner == 1, pairs.winner == -1)
     groups = np.repeat(pairs.prompt[:, None], 2, axis=1)
     return _figure(

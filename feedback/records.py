@@ -15,6 +15,7 @@ from typing import Any, Literal, TypedDict, TypeVar
 import msgspec
 
 __all__ = [
+    "ORDER_UNKNOWN",
     "OUTCOMES",
     "Candidates",
     "Comparison",
@@ -49,6 +50,10 @@ class Message(TypedDict):
 
 PromptText = str | list[Message]
 """A prompt: plain text (one user turn), or chat messages."""
+
+
+ORDER_UNKNOWN = "order_unknown"
+"""Flag of an imported verdict whose file does not say which completion stood first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,36 +3,22 @@
 ``rlaif report runs/x/verdicts`` reads verdicts, the candidates they speak of and gold where there
 is any, makes no call, and writes ``report.json`` and ``report.html``. With ``--probe`` a sample of
 the pairs is judged again under scripted perturbations; with ``--drift`` a frozen probe set is.
+
+The work is in ``report_run``, which takes a second to load; the options are here.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
-from feedback.card import ReportCard, make_card
 from feedback.config import EngineOptions
-from feedback.figures import CardSection
-from feedback.gate import GateResult, GateThresholds, judge_card
-from feedback.intervals import Estimate
-from feedback.observations import Material, Pairs, collect, load_gold, load_material
-from feedback.records import Verdict
-from feedback.shards import MANIFEST, manifest_sha256, read_rows, write_json, write_text
+from feedback.gate import GateThresholds
 
-__all__ = [
-    "Evidence",
-    "ReportOptions",
-    "card_of_folder",
-    "print_card",
-    "read_evidence",
-    "run",
-    "write_report",
-]
+__all__ = ["ReportOptions", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,73 +70,6 @@ class ReportOptions:
     """Frozen probe set to judge again and compare with."""
 
 
-@dataclass(frozen=True, slots=True)
-class Evidence:
-    """What a card is computed from."""
-
-    arms: list[Pairs]
-    material: Material
-    source: dict[str, Any]
-
-
-def read_evidence(
-    verdicts: Sequence[Path],
-    *,
-    candidates: Path | str | None = None,
-    gold: Path | str | None = None,
-) -> Evidence:
-    """Read verdict folders with their texts and gold.
-
-    Args:
-        verdicts: folders or JSONL files.
-        candidates: folder or file; None: ``candidates`` beside the first verdict folder, if there.
-        gold: folder or file of gold pairs; None: ``gold`` beside the first folder, if there.
-
-    Raises:
-        InputError: something is missing or damaged.
-    """
-    texts = _beside(verdicts[0], candidates, "candidates")
-    labels = _beside(verdicts[0], gold, "gold")
-    material = load_material([texts]) if texts is not None else Material()
-    arms = collect(
-        _stream(verdicts),
-        material=material,
-        gold=load_gold(labels) if labels is not None else None,
-    )
-    hashes = [manifest_sha256(path) for path in verdicts if (path / MANIFEST).is_file()]
-    source = {
-        "verdicts": [str(path) for path in verdicts],
-        "manifest_sha256": hashes,
-        "candidates": None if texts is None else str(texts),
-        "gold": None if labels is None else str(labels),
-    }
-    return Evidence(arms, material, source)
-
-
-def _beside(verdicts: Path, given: Path | str | None, name: str) -> Path | None:
-    if given is not None:
-        return Path(given)
-    guess = verdicts.parent / name
-    return guess if verdicts.is_dir() and guess.is_dir() else None
-
-
-def _stream(folders: Iterable[Path]) -> Iterable[Verdict]:
-    for folder in folders:
-        yield from read_rows(folder, Verdict)
-
-
-def card_of_folder(
-    verdicts: Path | str, *, candidates: Path | str | None = None, gold: Path | str | None = None
-) -> ReportCard:
-    """Compute the card of one verdict folder without writing it.
-
-    Raises:
-        InputError: something is missing or damaged.
-    """
-    evidence = read_evidence([Path(verdicts)], candidates=candidates, gold=gold)
-    return make_card(evidence.arms, source=evidence.source)
-
-
 def run(options: ReportOptions) -> None:
     """Compute, write and print the card.
 
@@ -158,96 +77,6 @@ def run(options: ReportOptions) -> None:
         InputError: something is missing or damaged.
         BackendError: ``--probe`` or ``--drift``, and the engine cannot judge.
     """
-    folders = [options.verdicts, *options.also]
-    evidence = read_evidence(folders, candidates=options.candidates, gold=options.gold)
-    card = make_card(
-        evidence.arms,
-        source=evidence.source,
-        slices=options.slices,
-        own_models=options.own_models,
-        baseline=options.baseline,
-        replicates=options.replicates,
-        seed=options.seed,
-        extra=_asked(options, evidence),
-    )
-    gate = judge_card(card, options.thresholds, accept=options.accept_bias)
-    out = options.out or options.verdicts.parent / "report-card"
-    write_report(card, gate, evidence, out, browse_rows=options.browse_rows)
-    print_card(card, gate)
-    print_paths(out)
+    from feedback.report_run import run_report
 
-
-def _asked(options: ReportOptions, evidence: Evidence) -> list[CardSection]:
-    """Return the sections that need an engine, and freeze a probe set if asked to."""
-    if not (options.probe or options.drift or options.freeze):
-        return []
-    from feedback.rejudging import asked_sections
-
-    return asked_sections(options, evidence)
-
-
-def write_report(
-    card: ReportCard, gate: GateResult, evidence: Evidence, out: Path, *, browse_rows: int = 10_000
-) -> None:
-    """Write report.json, report.html and llm-comparator.json into ``out``."""
-    from feedback.page.card_page import card_page
-    from feedback.page.comparator import comparator_json
-
-    write_json(out / "report.json", {**card.to_dict(), "gate": gate.manifest()})
-    write_text(
-        out / "report.html",
-        card_page(card, gate, evidence.arms, evidence.material, browse_rows=browse_rows),
-    )
-    compared = comparator_json(evidence.arms, evidence.material, limit=browse_rows)
-    if compared is not None:
-        write_text(out / "llm-comparator.json", json.dumps(compared, ensure_ascii=False) + "\n")
-
-
-def print_card(card: ReportCard, gate: GateResult) -> None:
-    """Print one table: each arm's figures with interval, n and the gate's view."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = Console()
-    states = {(row.arm, row.name): row.state for row in gate.rows}
-    words = {"fail": "[red]fails[/red]", "unclear": "unclear", "ok": "passes"}
-    for arm in [*card.arms, None]:
-        sections = card.across if arm is None else arm.sections
-        if not sections:
-            continue
-        table = Table(box=None, pad_edge=False, title_justify="left")
-        table.title = (
-            "[bold]Across judges[/bold]" if arm is None else f"[bold]{escape(arm.name)}[/bold]"
-        )
-        for column in ("", "value", "95% interval", "n"):
-            table.add_column(column, justify="left" if not column else "right", no_wrap=True)
-        table.add_column("gate")
-        for section in sections:
-            figures = [figure for figure in section.figures if figure.estimate.value is not None]
-            if figures:
-                table.add_row(f"[bold]{escape(section.title)}[/bold]")
-            for figure in figures:
-                state = states.get(("" if arm is None else arm.name, figure.name), "")
-                table.add_row(
-                    f"  {escape(figure.label)}", *_cells(figure.estimate), words.get(state, "")
-                )
-        console.print(table)
-        console.print()
-    for row in gate.rows:
-        if row.state == "fail":
-            console.print(f"[red]fails[/red]  {escape(str(row))}", highlight=False)
-    console.print(f"gate: {gate.status}", highlight=False)
-
-
-def _cells(estimate: Estimate) -> tuple[str, str, str]:
-    known = estimate.low is not None and estimate.high is not None
-    span = f"{estimate.low:.3f} to {estimate.high:.3f}" if known else ""
-    return f"{estimate.value:.3f}", span, f"{estimate.n:,}"
-
-
-def print_paths(out: Path) -> None:
-    """Print where the card was written."""
-    from feedback.progress import say
-
-    say(f"report card: {out / 'report.html'}")
+    run_report(options)
