@@ -20,10 +20,12 @@ from typing import Any, Literal
 
 from feedback.errors import TemplateError, nearest
 from feedback.records import Message, PromptText, content_id
+from feedback.rubric import Rubric, parse_rubric
 
 __all__ = [
     "Template",
     "describe",
+    "load_criteria",
     "load_rubric",
     "load_template",
     "neutralise",
@@ -228,25 +230,30 @@ def _completion_values(template: Template, completions: list[str]) -> dict[str, 
     }
 
 
-def load_rubric(name: str, kind: str = "rubrics") -> str:
-    """Return the text of a shipped rubric (or constitution) by name, or of a text file by path.
+def load_rubric(name: str) -> str:
+    """Return the text of a rubric as judges read it; see ``load_criteria``."""
+    return load_criteria(name).text
+
+
+def load_criteria(name: str) -> Rubric:
+    """Return a shipped rubric by name, or one by the path of a .md or .txt file.
 
     Raises:
-        TemplateError: there is none of that name.
+        TemplateError: there is none of that name, or its header is wrong.
     """
     path = Path(name)
     if path.suffix in (".md", ".txt"):
         if not path.is_file():
             raise TemplateError("no such file", path=path)
-        return path.read_text(encoding="utf-8").strip()
-    folder = prompts_folder() / kind
-    path = folder / f"{name}.md"
-    if not path.is_file():
-        known = sorted(file.stem for file in folder.glob("*.md"))
-        raise TemplateError(
-            f"no {kind[:-1]} named {name!r}{nearest(name, known)} (there are: {', '.join(known)})"
-        )
-    return path.read_text(encoding="utf-8").strip()
+    else:
+        folder = prompts_folder() / "rubrics"
+        path = folder / f"{name}.md"
+        if not path.is_file():
+            known = sorted(file.stem for file in folder.glob("*.md"))
+            raise TemplateError(
+                f"no rubric named {name!r}{nearest(name, known)} (there are: {', '.join(known)})"
+            )
+    return parse_rubric(path.read_text(encoding="utf-8"), path=path)
 
 
 def describe(template: Template) -> dict[str, Any]:
