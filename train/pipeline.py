@@ -32,7 +32,7 @@ __all__ = ["PipelineOptions", "run"]
 DEFAULT_STAGES = ("sample", "judge", "report", "pair", "dpo", "evaluate", "page")
 
 # Which option of a stage is filled with which part of the run's folder, where the recipe is silent.
-WIRING: dict[str, dict[str, str | tuple[str, ...]]] = {
+WIRING: dict[str, dict[str, Any]] = {
     "sample": {"out": "candidates"},
     "judge": {"candidates": "candidates", "out": "verdicts"},
     "report": {"verdicts": "verdicts", "candidates": "candidates", "out": "report-card"},
@@ -41,7 +41,7 @@ WIRING: dict[str, dict[str, str | tuple[str, ...]]] = {
     "dpo": {"data": ("preferences",), "output": "policy-dpo"},
     "rrhf": {"data": ("rankings",), "output": "policy-rrhf"},
     "ppo": {"output": "policy-ppo"},
-    "evaluate": {"out": "evaluation"},
+    "evaluate": {"out": "evaluation", "policy": {"model": "policy-dpo"}},
     "page": {"run": "."},
 }
 
@@ -111,17 +111,30 @@ def _resolve(stage: str, recipe: dict[str, Any], options: PipelineOptions) -> di
         for key, value in WIRING.get(stage, {}).items()
         if key in known
     }
-    given = {key.replace("-", "_"): value for key, value in recipe.get(stage, {}).items()}
-    table: dict[str, Any] = {**wired, **given}
+    table = _merged(wired, recipe.get(stage, {}))
     option_values(kind, table, path=options.recipe or None)
     build_options(kind, table, path=f"{options.recipe} [{stage}]")
     return table
 
 
-def _inside(folder: Path, value: str | tuple[str, ...]) -> str | list[str]:
+def _inside(folder: Path, value: Any) -> Any:
+    """Return the wiring's names as paths inside the run's folder."""
     if isinstance(value, tuple):
         return [str(folder / name) for name in value]
+    if isinstance(value, dict):
+        return {key: _inside(folder, name) for key, name in value.items()}
     return str(folder / value)
+
+
+def _merged(wired: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Return the wiring with the recipe's values over it, nested tables included."""
+    merged = dict(wired)
+    for key, value in given.items():
+        name = key.replace("-", "_")
+        if isinstance(value, dict) and isinstance(merged.get(name), dict):
+            value = _merged(merged[name], value)
+        merged[name] = value
+    return merged
 
 
 def _output_keys(stage: str) -> list[str]:
