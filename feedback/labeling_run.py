@@ -6,6 +6,7 @@ refused. It is written before the first call, the manifest after the last.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections import Counter
@@ -21,7 +22,7 @@ from feedback.errors import ShardError
 from feedback.judge import Asked, Judge, Question
 from feedback.progress import ProgressBar
 from feedback.records import Usage, Verdict, encode
-from feedback.shards import ShardWriter, write_json
+from feedback.shards import ShardWriter, write_json, writing
 from feedback.verdict_index import FAILED, VerdictIndex
 
 __all__ = ["RUN_RECORD", "LabelingRun", "RunTotals", "claim_folder"]
@@ -176,8 +177,9 @@ class LabelingRun:
 
     def _keep(self, verdict: Verdict) -> None:
         if verdict.outcome == "failed":
-            self._failed.write(encode(verdict) + b"\n")
-            self._failed.flush()
+            with writing(self.writer.folder / FAILED):
+                self._failed.write(encode(verdict) + b"\n")
+                self._failed.flush()
         else:
             self.writer.append(verdict)
         self.totals.add(verdict)
@@ -207,6 +209,8 @@ class LabelingRun:
 
     def close(self) -> None:
         """Release the folder; without ``finish`` the run can be continued."""
-        self._failed.close()
-        self._index.close()
-        self.writer.close()
+        with contextlib.ExitStack() as closing:  # each is closed, whatever the others do
+            closing.callback(self.writer.close)
+            closing.callback(self._index.close)
+            with writing(self.writer.folder / FAILED):
+                self._failed.close()

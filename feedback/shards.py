@@ -10,6 +10,7 @@ This module knows nothing of judges or training; it moves records.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -51,6 +52,7 @@ __all__ = [
     "shard_paths",
     "write_json",
     "write_text",
+    "writing",
 ]
 
 SCHEMA_VERSION = 1
@@ -65,6 +67,23 @@ KINDS: dict[str, type] = {
     "gold": GoldPair,
 }
 Record = TypeVar("Record")
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failure to write (a full disk, say) into an error that says what is safe.
+
+    Raises:
+        ShardError: the system refused to write.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ShardError(
+            f"cannot be written: {error.strerror}. All whole rows so far are kept; make room and "
+            "run the same command again to continue",
+            path=path,
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -238,8 +257,8 @@ class ShardWriter(Generic[Record]):
         self._open_file()
 
     def _open_file(self) -> None:
-        path = self.folder / f"{self.kind}-{self._index:05d}.jsonl"
-        self._file = path.open("ab")
+        self._path = self.folder / f"{self.kind}-{self._index:05d}.jsonl"
+        self._file = self._path.open("ab")
         # Flushed after every row: a killed process leaves whole rows behind.
         self._writer = jsonlines.Writer(self._file, dumps=encode, flush=True)
 
@@ -252,12 +271,13 @@ class ShardWriter(Generic[Record]):
         """Write one row."""
         if self._rows >= self.rows_per_shard:
             self._next_file()
-        self._writer.write(record)
-        self._rows += 1
-        self._unsynced += 1
-        if self._unsynced >= self.sync_every:
-            os.fsync(self._file.fileno())
-            self._unsynced = 0
+        with writing(self._path):
+            self._writer.write(record)
+            self._rows += 1
+            self._unsynced += 1
+            if self._unsynced >= self.sync_every:
+                os.fsync(self._file.fileno())
+                self._unsynced = 0
 
     def _next_file(self) -> None:
         os.fsync(self._file.fileno())
@@ -303,16 +323,23 @@ class ShardWriter(Generic[Record]):
             "versions": package_versions(),
             **info,
         }
-        write_json(self.folder / MANIFEST, manifest)
+        with writing(self.folder / MANIFEST):
+            write_json(self.folder / MANIFEST, manifest)
         self.close()
         return self.folder / MANIFEST
 
     def close(self) -> None:
         """Close the file and release the folder; without ``finish`` it stays resumable."""
-        if not self._file.closed:
-            os.fsync(self._file.fileno())
-            self._file.close()
-        self._lock.release()
+        try:
+            if not self._file.closed:
+                with writing(self._path):
+                    try:
+                        self._file.flush()
+                        os.fsync(self._file.fileno())
+                    finally:
+                        self._file.close()
+        finally:
+            self._lock.release()
 
     def __enter__(self) -> Self:
         return self

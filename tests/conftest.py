@@ -6,6 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
+from serving import vllm_judge, vllm_server
+
+__all__ = ["vllm_judge", "vllm_server"]
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
