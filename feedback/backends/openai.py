@@ -26,7 +26,6 @@ from feedback.backends.limits import Gate, GateState
 from feedback.backends.probing import probe
 from feedback.backends.redacting import Redactor
 from feedback.backends.retrying import RequestFailed, RetryBudget, RetryPolicy
-from feedback.backends.sdk import SdkTransport
 from feedback.backends.window import LoopThread, stream
 from feedback.config import EngineOptions, build_options
 from feedback.errors import BackendError
@@ -144,6 +143,9 @@ class OpenAIBackend:
         options, extra = self.options, self.extra
         headers = extra.headers
         if self.uses_sdk:
+            # A second of imports that servers of one's own do not need.
+            from feedback.backends.sdk import SdkTransport
+
             self._transport = SdkTransport(
                 options.base_url,
                 key=self._key or "none",
