@@ -71,6 +71,16 @@ COMMANDS: dict[str, Command] = {
         "train.evaluate:run",
         "policy against policy, by judges and checks that labelled nothing",
     ),
+    "merge": Command(
+        "feedback.merge:MergeOptions",
+        "feedback.merge:run",
+        "join shard folders: duplicates dropped, conflicts kept as votes, split by prompt",
+    ),
+    "diff": Command(
+        "feedback.versions:DiffOptions",
+        "feedback.versions:run",
+        "what changed between two versions of a data set",
+    ),
     "page": Command(
         "feedback.page:PageOptions",
         "feedback.page:run",
