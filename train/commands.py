@@ -71,6 +71,11 @@ COMMANDS: dict[str, Command] = {
         "train.evaluate:run",
         "policy against policy, by judges and checks that labelled nothing",
     ),
+    "export": Command(
+        "feedback.exports:ExportOptions",
+        "feedback.exports:run",
+        "preferences in the form of TRL, OpenRLHF, LLaMA-Factory, Axolotl or Argilla",
+    ),
     "merge": Command(
         "feedback.merge:MergeOptions",
         "feedback.merge:run",
