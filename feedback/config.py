@@ -50,7 +50,7 @@ class EngineOptions:
     dtype: str = "auto"
     """Weights' type: auto, float32, bfloat16, float16."""
     batch_tokens: int = 16384
-    """Tokens per forward pass of the transformers engine."""
+    """Tokens per forward pass of the transformers engine; on a CPU judging takes at most 2048."""
     concurrency: int = 256
     """Most requests in flight to an endpoint; adapts downwards on errors and latency."""
     timeout_s: float = 120.0

@@ -27,6 +27,8 @@ __all__ = ["TransformersBackend", "open_engine"]
 
 # Calls that are planned together.
 _WINDOW_CALLS = 1024
+# A forward pass over more tokens than this only empties a processor's caches.
+_CPU_BATCH_TOKENS = 2048
 # Decoding holds keys and values for this many times the budget of a forward pass.
 _DECODE_BATCHES = 4
 # Largest difference in logits at which the shared prefix counts as equal to a plain forward pass;
@@ -107,7 +109,10 @@ class TransformersBackend:
             groups = plan_groups(rows)
         else:
             groups = [Group(0, [place]) for place in range(len(rows))]
-        for planned in plan_batches(rows, groups, self.batch_tokens):
+        budget = self.batch_tokens
+        if self.model.device.type == "cpu":
+            budget = min(budget, _CPU_BATCH_TOKENS)
+        for planned in plan_batches(rows, groups, budget):
             for batch, logits, seconds in _halving(
                 planned, lambda part: last_logits(self.model, rows, part)
             ):
