@@ -82,7 +82,7 @@ def binomial_interval(successes: float, trials: float, level: float = LEVEL) -> 
     Raises:
         ValueError: there are no trials, or more successes than trials.
     """
-    from scipy import optimize, special
+    from scipy import special
 
     if trials <= 0 or not 0 <= successes <= trials:
         raise ValueError(f"{successes} successes in {trials} trials")
@@ -95,9 +95,18 @@ def binomial_interval(successes: float, trials: float, level: float = LEVEL) -> 
         more = special.betainc(successes + 1, failures, share) if failures > 0 else 0.0
         return float(at_least + more) / 2
 
-    low = 0.0 if successes == 0 else optimize.brentq(lambda p: mid_p(p) - tail, 0.0, 1.0)
-    high = 1.0 if failures == 0 else optimize.brentq(lambda p: mid_p(p) - 1 + tail, 0.0, 1.0)
-    return float(low), float(high)
+    low = 0.0 if successes == 0 else _bisect(mid_p, tail)
+    high = 1.0 if failures == 0 else _bisect(mid_p, 1 - tail)
+    return low, high
+
+
+def _bisect(increasing: Callable[[float], float], target: float) -> float:
+    """Return where a function that increases from 0 to 1 over [0, 1] takes the value ``target``."""
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if increasing(middle) < target else (low, middle)
+    return (low + high) / 2
 
 
 def group_sums(groups: npt.NDArray[np.int64], *columns: npt.ArrayLike) -> Array:
@@ -138,7 +147,7 @@ def proportion(
 
 def _effective_size(sums: Array, share: float, n: int) -> float:
     """Return n over the design effect, adjusted for the degrees of freedom, at most n."""
-    from scipy import stats
+    from scipy import special
 
     count = len(sums)
     if count == n:
@@ -152,7 +161,7 @@ def _effective_size(sums: Array, share: float, n: int) -> float:
         return float(n)
     # With few groups the variance itself is uncertain; the squared ratio of t quantiles widens the
     # interval accordingly.
-    widen = (stats.t.ppf(0.975, count - 1) / stats.t.ppf(0.975, n - 1)) ** 2
+    widen = (special.stdtrit(count - 1, 0.975) / special.stdtrit(n - 1, 0.975)) ** 2
     return float(min(n, n * binomial / variance / widen))
 
 
@@ -241,7 +250,7 @@ def _bca(
     value: float, draws: Array, left_out: Array, level: float
 ) -> tuple[float | None, float | None, str]:
     """Return bias-corrected and accelerated bounds, and the method's name."""
-    from scipy import stats
+    from scipy import special
 
     total = len(draws)
     draws = draws[np.isfinite(draws)]
@@ -251,14 +260,14 @@ def _bca(
         return None, None, "no interval: the same in every resample"
     # Ties with the value count half, or a coarse statistic would look biased.
     below = (np.sum(draws < value) + np.sum(draws == value) / 2) / len(draws)
-    bias = float(stats.norm.ppf(np.clip(below, 1e-4, 1 - 1e-4)))
+    bias = float(special.ndtri(np.clip(below, 1e-4, 1 - 1e-4)))
     spread = left_out[np.isfinite(left_out)]
     spread = spread.mean() - spread
     scale = float((spread**2).sum()) ** 1.5
     acceleration = float((spread**3).sum()) / (6 * scale) if scale > 0 else 0.0
-    tail = stats.norm.ppf((1 - level) / 2)
+    tail = float(special.ndtri((1 - level) / 2))
     bounds = [
-        stats.norm.cdf(bias + (bias + z) / (1 - acceleration * (bias + z))) for z in (tail, -tail)
+        special.ndtr(bias + (bias + z) / (1 - acceleration * (bias + z))) for z in (tail, -tail)
     ]
     low, high = np.quantile(draws, bounds)
     return float(low), float(high), f"bootstrap by prompt, BCa, {total:,} resamples"
@@ -295,9 +304,9 @@ def from_standard_error(
     value: float, error: float, *, n: int, prompts: int, method: str, level: float = LEVEL
 ) -> Estimate:
     """Return a Student-t interval with ``prompts - 1`` degrees of freedom."""
-    from scipy import stats
+    from scipy import special
 
     if prompts < 2 or not math.isfinite(error):
         return Estimate(value, None, None, n, prompts, "no interval: too few prompts")
-    reach = float(stats.t.ppf((1 + level) / 2, prompts - 1)) * error
+    reach = float(special.stdtrit(prompts - 1, (1 + level) / 2)) * error
     return Estimate(value, value - reach, value + reach, n, prompts, method)

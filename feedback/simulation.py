@@ -37,6 +37,9 @@ class Planted:
     """Bonus of the judge's own family's answer."""
     noise: float = 0.0
     """Standard deviation of what each call adds at random."""
+    lean: float = 0.5
+    """Standard deviation of the judge's private taste for each answer, the same in every pair and
+    order that shows it: what makes rows of a prompt go together."""
     tie: float | None = None
     """Logit of a tie label; None: there is none."""
     unparsed: float = 0.0
@@ -74,14 +77,13 @@ def simulate(
     """Sample prompts with ``completions`` answers each, and judge every pair in both orders.
 
     Answer 0 of a prompt is by a model of the judge's family, the others are not; which one is
-    longer has nothing to do with quality. All pairs of a prompt share a random preference of the
-    judge, so that rows of a prompt are not independent.
+    longer has nothing to do with quality.
     """
     random = np.random.default_rng(seed)
     quality = random.normal(size=(prompts, completions))
     length = np.round(np.exp(random.normal(5.3, 0.5, (prompts, completions)))).astype(int)
-    sd = float(np.std(length[:, :1] - length[:, 1:])) or 1.0
-    lean = random.normal(0, 0.5, (prompts, completions))
+    sd = math.sqrt(2) * float(np.std(length)) or 1.0
+    lean = random.normal(0, planted.lean, (prompts, completions))
     material: dict[str, PromptOf] = {}
     verdicts: list[Verdict] = []
     gold: dict[tuple[str, str, str], GoldPair] = {}
@@ -157,9 +159,12 @@ def _verdict(
     repeat: int,
 ) -> Verdict:
     logits = [logit / 2, -logit / 2] + ([] if planted.tie is None else [planted.tie])
-    weights = np.exp(np.array(logits) - max(logits))
-    probs = weights / weights.sum()
-    place = int(np.argmax(probs)) if planted.soft else int(random.choice(len(probs), p=probs))
+    weights = [math.exp(value - max(logits)) for value in logits]
+    probs = [weight / sum(weights) for weight in weights]
+    place = probs.index(max(probs))
+    if not planted.soft:
+        draw = random.random()
+        place = next((at for at in range(len(probs)) if draw < sum(probs[: at + 1])), 0)
     outcome: Outcome = "tie" if place == 2 else "decided"
     lost = random.random() < planted.unparsed
     if lost:
@@ -173,7 +178,7 @@ def _verdict(
         judge=identity,
         template=template,
         template_sha256=template,
-        probs=[float(value) for value in probs] if planted.soft and not lost else None,
+        probs=probs if planted.soft and not lost else None,
         mass=0.97 if planted.soft else None,
         winner=shown[place] if outcome == "decided" else None,
         reply="" if lost else "ABC"[place],

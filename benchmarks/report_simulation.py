@@ -1,0 +1,231 @@
+"""Does the report card find what was planted, and do its intervals hold what they promise?
+
+    python benchmarks/report_simulation.py [--replicates 1000] [--prompts 150]
+
+Judges with planted biases are simulated again and again; each time the card's figures are computed
+with their 95% intervals. The truth is the planted parameter itself where a figure estimates one,
+else the figure's value in one very large run of the same judge. Writes
+benchmarks/results/report_simulation.json: ``coverage`` is the share of all intervals that hold the
+truth, ``recovered`` the share of planted parameters whose own intervals do so 93% to 97% of times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from feedback.agreement import accuracy_halves, cohen_kappa, leave_one_out
+from feedback.bias import length_section
+from feedback.consistency import repeat_agreement
+from feedback.intervals import Estimate, Resampler, nothing
+from feedback.observations import Pairs
+from feedback.outcomes import outcome_section
+from feedback.position import position_section
+from feedback.selfpreference import self_preference_section
+from feedback.shards import package_versions, write_json
+from feedback.simulation import Planted, simulate
+
+ROOT = Path(__file__).parent.parent
+
+
+class Scenario(NamedTuple):
+    """A judge, the figures to look at, and the values that were planted as such."""
+
+    planted: Planted
+    figures: tuple[str, ...]
+    known: dict[str, float]
+
+
+SCENARIOS = {
+    "position, bare verdicts": Scenario(
+        Planted(position=0.8),
+        (
+            "position_bias.logit_shift",
+            "position_bias.order_consistency",
+            "position_bias.first_slot_both",
+            "position_bias.first_slot_of_rest",
+            "position_bias.preference_fairness",
+            "position_bias.first_slot_share",
+            "agreement.accuracy",
+            "agreement.kappa",
+        ),
+        {"position_bias.logit_shift": 0.8},
+    ),
+    "position, probabilities with noise": Scenario(
+        Planted(position=-0.5, noise=0.7, soft=True),
+        (
+            "position_bias.logit_shift",
+            "position_bias.order_consistency",
+            "position_bias.probability_bonus",
+            "position_bias.swing",
+            "agreement.accuracy",
+        ),
+        {"position_bias.logit_shift": -0.5},
+    ),
+    "length": Scenario(
+        Planted(length=1.0, sensitivity=0.0, lean=0.0),
+        (
+            "length_bias.effect",
+            "length_bias.prefer_longer",
+            "length_bias.excess",
+            "length_bias.effect_given_gold",
+        ),
+        {"length_bias.effect": 1.0, "length_bias.effect_given_gold": 1.0},
+    ),
+    "length beside quality": Scenario(
+        Planted(length=0.8, soft=True, votes=5),
+        (
+            "length_bias.prefer_longer",
+            "length_bias.excess",
+            "length_bias.accuracy_longer_is_worse",
+            "agreement.judge_less_human",
+            "agreement.human_ceiling",
+        ),
+        {},
+    ),
+    "self-preference": Scenario(
+        Planted(own=0.9),
+        (
+            "self_preference.equal_opportunity",
+            "self_preference.recall_own",
+            "self_preference.recall_other",
+            "self_preference.own_wins",
+        ),
+        {},
+    ),
+    "no self-preference": Scenario(
+        Planted(),
+        ("self_preference.equal_opportunity",),
+        {"self_preference.equal_opportunity": 0.0},
+    ),
+    "ties, noise, unreadable replies": Scenario(
+        Planted(tie=-0.6, unparsed=0.06, noise=1.0, repeats=2),
+        (
+            "outcomes.parse_rate",
+            "outcomes.ties",
+            "position_bias.order_consistency",
+            "position_bias.order_consistency_decided",
+            "stability.repeats",
+            "agreement.accuracy",
+        ),
+        {"outcomes.parse_rate": 0.94},
+    ),
+}
+
+
+def measure(pairs: Pairs, wanted: tuple[str, ...], replicates: int) -> dict[str, Estimate]:
+    """Return the wanted figures of one simulated run."""
+    resampler = Resampler(np.arange(len(pairs.prompt_ids)), replicates=replicates)
+    sections = {
+        "position_bias": lambda: position_section(pairs, resampler).figures,
+        "length_bias": lambda: length_section(pairs, resampler).figures,
+        "self_preference": lambda: self_preference_section(pairs, resampler).figures,
+        "outcomes": lambda: outcome_section(pairs, resampler).figures,
+    }
+    found: dict[str, Estimate] = {}
+    for name in {figure.split(".")[0] for figure in wanted} & set(sections):
+        found |= {figure.name: figure.estimate for figure in sections[name]()}
+    rest: dict[str, Callable[[], Estimate]] = {
+        "agreement.accuracy": lambda: accuracy_halves(pairs, resampler),
+        "agreement.kappa": lambda: cohen_kappa(pairs.verdict, pairs.gold, pairs.prompt, resampler),
+        "stability.repeats": lambda: repeat_agreement(pairs),
+    }
+    for name in set(wanted) & set(rest):
+        found[name] = rest[name]()
+    if {"agreement.judge_less_human", "agreement.human_ceiling"} & set(wanted):
+        people = leave_one_out(pairs, resampler)
+        found["agreement.judge_less_human"] = people.difference if people else nothing()
+        found["agreement.human_ceiling"] = people.human if people else nothing()
+    return {name: found[name] for name in wanted}
+
+
+def run_scenario(
+    scenario: Scenario, *, replicates: int, prompts: int, truth_prompts: int, resamples: int = 1000
+) -> list[dict[str, float | str]]:
+    """Return, per figure: truth, mean estimate, and how often the interval held the truth."""
+    large = simulate(scenario.planted, prompts=truth_prompts, seed=10**6).pairs()
+    truth = {
+        name: estimate.value
+        for name, estimate in measure(large, scenario.figures, 2).items()
+    } | scenario.known  # fmt: skip
+    held: dict[str, list[bool]] = {name: [] for name in scenario.figures}
+    values: dict[str, list[float]] = {name: [] for name in scenario.figures}
+    for seed in range(replicates):
+        pairs = simulate(scenario.planted, prompts=prompts, seed=seed).pairs()
+        for name, estimate in measure(pairs, scenario.figures, resamples).items():
+            target = truth[name]
+            assert target is not None and estimate.value is not None
+            values[name].append(estimate.value)
+            held[name].append(
+                estimate.low is not None
+                and estimate.high is not None
+                and estimate.low <= target <= estimate.high
+            )
+    return [
+        {
+            "figure": name,
+            "planted": name in scenario.known,
+            "truth": round(float(truth[name] or 0.0), 5),
+            "mean_estimate": round(float(np.mean(values[name])), 5),
+            "coverage": round(float(np.mean(held[name])), 4),
+            "replicates": replicates,
+        }
+        for name in scenario.figures
+    ]
+
+
+def main() -> None:
+    """Run every scenario and write the result file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--replicates", type=int, default=1000)
+    parser.add_argument("--prompts", type=int, default=150)
+    parser.add_argument("--truth-prompts", type=int, default=40_000)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
+    given = parser.parse_args()
+    started = time.monotonic()
+    runs = []
+    for name, scenario in SCENARIOS.items():
+        rows = run_scenario(
+            scenario,
+            replicates=given.replicates,
+            prompts=given.prompts,
+            truth_prompts=given.truth_prompts,
+        )
+        runs += [{"scenario": name, **row} for row in rows]
+        for row in rows:
+            print(f"{name:36} {row['figure']:44} {row['coverage']:.3f}", flush=True)
+    planted = [0.93 <= float(row["coverage"]) <= 0.97 for row in runs if row["planted"]]
+    covered = [float(row["coverage"]) for row in runs]
+    figures = {
+        "coverage": round(float(np.mean(covered)), 4),
+        "coverage_lowest_figure": min(covered),
+        "coverage_highest_figure": max(covered),
+        "recovered": round(float(np.mean(planted)), 4),
+        "intervals": len(runs) * given.replicates,
+    }
+    result = {
+        "bench": "report_simulation",
+        "command": f"python benchmarks/report_simulation.py --replicates {given.replicates} "
+        f"--prompts {given.prompts}",
+        "date": datetime.date.today().isoformat(),
+        "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()})",
+        "seconds": round(time.monotonic() - started),
+        "versions": package_versions(("rlaif", "numpy", "scipy")),
+        "figures": figures,
+        "runs": runs,
+    }
+    write_json(given.out / "report_simulation.json", result)
+    print(json.dumps(figures, indent=2))
+
+
+if __name__ == "__main__":
+    main()
