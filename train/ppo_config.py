@@ -288,7 +288,6 @@ class PpoOptions:
             chat_template=self.chat_template,
             trust_remote_code=self.trust_remote_code,
             max_length=self.max_prompt_tokens + self.max_tokens,
-            row_tokens=self.row_tokens,
             attention=self.attention,
             precision=self.precision,
             compile=self.compile,

@@ -1,0 +1,561 @@
+"""PPO's loop on a tiny model: one update against an independent one, resuming, guards, options."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from feedback.errors import BackendError, InputError, RecipeError, RlaifError
+from train import ppo, ppo_state
+from train.advantages import gae, kl_terms, masked_whiten, shape_rewards
+from train.ppo_config import GuardOptions, PpoOptions, RewardSource
+from train.ppo_setup import prompts_of_step, seeds_of_step, set_up
+
+VOLATILE = ("time/", "memory/")
+
+
+class Crash(BaseException):
+    """Stands for kill -9: nothing in the code catches it."""
+
+
+def letters(prompts: list[Any], completions: list[str]) -> list[float]:
+    """A reward that anything can learn: how many a and e."""
+    return [float(min(text.count("a") + text.count("e"), 6)) for text in completions]
+
+
+def length_hack(prompts: list[Any], completions: list[str]) -> list[float]:
+    return [len(text.encode()) / 4 for text in completions]
+
+
+def gold_short(prompts: list[Any], completions: list[str]) -> list[float]:
+    return [-len(text.encode()) / 4 for text in completions]
+
+
+def sometimes(prompts: list[Any], completions: list[str]) -> list[float | None]:
+    scores = letters(prompts, completions)
+    return [None if place % 3 == 0 else score for place, score in enumerate(scores)]
+
+
+def never(prompts: list[Any], completions: list[str]) -> list[float | None]:
+    return [None] * len(completions)
+
+
+def function(name: str) -> RewardSource:
+    return RewardSource(kind="function", function=f"{__name__}:{name}")
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    texts = ["hello", "what is it", "say a word", "count to ten", "why", "name a colour", "go on"]
+    rows = [{"prompt_id": f"p{place}", "prompt": text} for place, text in enumerate(texts)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def options(tiny_model: Path, prompts: str, tmp_path: Path) -> Callable[..., PpoOptions]:
+    def make(**changes: Any) -> PpoOptions:
+        values: dict[str, Any] = {
+            "prompts": (prompts,),
+            "output": tmp_path / "out",
+            "reward": function("letters"),
+            "model": str(tiny_model),
+            "steps": 3,
+            "prompts_per_step": 4,
+            "completions_per_prompt": 2,
+            "max_tokens": 6,
+            "learning_rate": 2e-3,
+            "ppo_epochs": 2,
+            "minibatches": 2,
+            "missing_eos_penalty": 0.5,
+            "max_prompt_tokens": 30,
+            "device": "cpu",
+        }
+        return PpoOptions(**{**values, **changes})
+
+    return make
+
+
+def trace(folder: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {name: value for name, value in row.items() if not name.startswith(VOLATILE)}
+        for row in rows
+    ]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def same_weights(one: Path, two: Path) -> bool:
+    first, second = weights(one), weights(two)
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
+
+
+# --- the arithmetic of a whole update
+
+
+def plain_scores(model: Any, prompt: list[int], completion: list[int]) -> torch.Tensor:
+    logits = model(input_ids=torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
+
+
+def plain_values(model: Any, prompt: list[int], completion: list[int]) -> torch.Tensor:
+    ids = torch.tensor([[*prompt, *completion]])
+    hidden = model.model(input_ids=ids).last_hidden_state[0, len(prompt) - 1 : -1]
+    return model.score(hidden)[:, 0]
+
+
+def test_one_step_equals_an_unpacked_one_written_out(
+    options: Callable[..., PpoOptions], tiny_model: Path
+) -> None:
+    """One rollout and one update: the same weights as sequence by sequence with plain AdamW."""
+    from transformers import AutoModelForCausalLM
+
+    chosen = options(
+        steps=1, ppo_epochs=1, minibatches=1, max_grad_norm=0.0, kl_coef=0.3, row_tokens=60
+    )
+    this = set_up(chosen)
+    rollout = ppo.roll_out(this, 0)
+    shaped = ppo.shape(this, rollout)
+    policy = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    with torch.no_grad():  # away from the reference, so that the KL is not 0
+        for one, two in zip(
+            policy.parameters(), this.networks.module.policy.parameters(), strict=True
+        ):
+            noise = 0.02 * torch.randn(one.shape, generator=torch.Generator().manual_seed(3))
+            one += noise
+            two += noise
+        value_model = this.networks.module.value_model
+        value_model.score.weight.normal_(generator=torch.Generator().manual_seed(4))
+    rollout = ppo.roll_out(this, 0)
+    shaped = ppo.shape(this, rollout)
+    sequences = [
+        (list(group.prompt_ids), list(ids)) for group in rollout.groups for ids in group.completions
+    ]
+    # The same by hand, one sequence after the other.
+    width = rollout.mask.shape[1]
+
+    def padded(rows: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack([torch.nn.functional.pad(row, (0, width - len(row))) for row in rows])
+
+    old = padded([plain_scores(policy, *pair) for pair in sequences])
+    values = padded([plain_values(value_model, *pair) for pair in sequences])
+    reference = padded([plain_scores(this.networks.reference, *pair) for pair in sequences])
+    mask = padded([torch.ones(len(completion)) for _, completion in sequences]).bool()
+    texts = [this.networks.tokenizer.decode(ids, skip_special_tokens=True) for _, ids in sequences]
+    scores = torch.tensor(letters([], texts))
+    scores -= 0.5 * torch.tensor([ids[-1] != 1 for _, ids in sequences]).float()
+    rewards = shape_rewards(scores, kl_terms(old, reference, mask), mask, kl_coef=0.3).detach()
+    advantages, returns = gae(rewards, values.detach(), mask)
+    advantages = masked_whiten(advantages, mask)
+    torch.testing.assert_close(shaped.advantages, advantages, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(shaped.returns, returns, atol=1e-4, rtol=1e-4)
+    # At the rollout's own policy the ratio is 1: the losses are -A and (V - R)^2 / 2.
+    count = mask.sum()
+    policy_loss = -(torch.exp(old - old.detach()) * advantages)[mask].sum() / count
+    value_loss = 0.5 * ((values - returns) ** 2)[mask].sum() / count
+    (policy_loss + 0.1 * value_loss).backward()
+    settings: dict[str, Any] = {"lr": 2e-3, "eps": 1e-5, "weight_decay": 0.0}
+    torch.optim.AdamW(policy.parameters(), **settings).step()
+    wanted_value = [p.grad.clone() for p in value_model.parameters() if p.grad is not None]
+    value_model.zero_grad()
+    statistic = ppo.update(this, rollout, shaped, range(len(rollout.groups)), share=1.0)
+    assert statistic["policy_loss"] == pytest.approx(policy_loss.item(), abs=1e-5)
+    assert statistic["value_loss"] == pytest.approx(value_loss.item(), rel=1e-4)
+    norm = math.sqrt(sum(float(grad.square().sum()) for grad in wanted_value))
+    assert statistic["value_norm"] == pytest.approx(norm, rel=1e-3)
+    found = dict(this.networks.module.policy.named_parameters())
+    for name, parameter in policy.named_parameters():
+        torch.testing.assert_close(found[name], parameter, atol=2e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("row_tokens", [60, 4000])
+def test_how_a_minibatch_is_packed_changes_nothing(
+    options: Callable[..., PpoOptions], row_tokens: int
+) -> None:
+    this = set_up(options(row_tokens=row_tokens))
+    rollout = ppo.roll_out(this, 0)
+    rows = list(this.maker.rows(rollout.groups, range(4)))
+    assert (len(rows) > 1) == (row_tokens == 60)
+    statistic = ppo.update(this, rollout, ppo.shape(this, rollout), range(4), share=1.0)
+    assert statistic["ratio"] == pytest.approx(1.0, abs=1e-5)
+    # The same loss and gradient norms whatever the rows: both cases must meet these numbers.
+    reference = set_up(options(row_tokens=1000))
+    again = ppo.roll_out(reference, 0)
+    wanted = ppo.update(reference, again, ppo.shape(reference, again), range(4), share=1.0)
+    for name, value in wanted.items():
+        assert statistic[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+
+
+def test_sampler_and_trainer_agree_and_stale_weights_are_caught(
+    options: Callable[..., PpoOptions],
+) -> None:
+    this = set_up(options(temperature=0.7))
+    rollout = ppo.roll_out(this, 0)
+    gap = (rollout.sampler_logprobs - rollout.logprobs).abs().max()
+    assert gap < 1e-4
+    torch.testing.assert_close(rollout.logprobs, rollout.ref_logprobs)
+    stale = set_up(options(temperature=0.7)).networks.module.policy
+    this.sampler.sync = lambda policy: None  # type: ignore[method-assign]
+    this.sampler.model = stale  # type: ignore[attr-defined]
+    with torch.no_grad():
+        for parameter in this.networks.module.policy.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    with pytest.raises(RlaifError, match="weights are not the policy's"):
+        ppo.roll_out(this, 1)
+
+
+# --- stopping and resuming
+
+
+@pytest.fixture(scope="module")
+def whole(
+    tiny_model: Path, prompts: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """A run that nobody disturbed, and its options."""
+    values: dict[str, Any] = {
+        "prompts": (prompts,),
+        "reward": function("letters"),
+        "guard": GuardOptions(gold=function("gold_short"), every=2, prompt_count=2, patience=9),
+        "model": str(tiny_model),
+        "steps": 4,
+        "prompts_per_step": 3,
+        "completions_per_prompt": 2,
+        "max_tokens": 6,
+        "learning_rate": 2e-3,
+        "ppo_epochs": 2,
+        "minibatches": 2,
+        "kl_target": 0.5,
+        "kl_horizon": 50,
+        "normalise_rewards": "running",
+        "save_every": 1,
+        "device": "cpu",
+    }
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    ppo.train(PpoOptions(output=folder, **values))
+    return folder, values
+
+
+def crash_at(number: int, original: Callable[..., Any]) -> Callable[..., Any]:
+    calls = iter(range(1, 1000))
+
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        if next(calls) == number:
+            raise Crash
+        return original(*arguments, **keywords)
+
+    return call
+
+
+@pytest.mark.parametrize("where", ["mid-rollout", "mid-epoch", "mid-save", "in the guard's probe"])
+def test_a_killed_run_resumes_to_the_same_trace(
+    where: str, whole: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: Any
+) -> None:
+    folder, values = whole
+    options = PpoOptions(output=tmp_path / "out", **values)
+
+    def torn_save(state: Any, file: Any) -> None:
+        file.write(b"half a checkpoint")
+        raise Crash
+
+    with monkeypatch.context() as patch:
+        if where == "mid-rollout":
+            patch.setattr(ppo, "recompute", crash_at(4, ppo.recompute))
+        elif where == "mid-epoch":
+            patch.setattr(ppo, "update", crash_at(7, ppo.update))
+        elif where == "mid-save":
+            saves = iter(range(1, 1000))
+            save = torch.save
+            patch.setattr(
+                ppo_state.torch,
+                "save",
+                lambda state, file: (torn_save if next(saves) == 4 else save)(state, file),
+            )
+        else:
+            patch.setattr(ppo, "probe", crash_at(2, ppo.probe))
+        with pytest.raises(Crash):
+            ppo.train(options)
+    assert not (options.output / "training.json").exists()
+    assert 0 < len(trace(options.output)) < 4
+    ppo.train(options)
+    assert trace(options.output) == trace(folder)
+    curves = [(path / "guard.jsonl").read_text() for path in (options.output, folder)]
+    assert curves[0] == curves[1]
+    assert same_weights(options.output, folder)
+
+
+@pytest.mark.parametrize("call", [2, 7])
+def test_a_stopped_run_saves_in_the_middle_and_resumes_to_the_same_trace(
+    call: int, whole: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """SIGTERM in the middle of a step: the rollout and the updates done so far are not lost."""
+    folder, values = whole
+    options = PpoOptions(output=tmp_path / "out", **{**values, "save_every": 0})
+    update, calls = ppo.update, iter(range(1, 1000))
+
+    def interrupted(*arguments: Any, **keywords: Any) -> Any:
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(*arguments, **keywords)
+
+    rolled: list[int] = []
+    roll_out = ppo.roll_out
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo, "update", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ppo.train(options)
+    saved = ppo_state.load_checkpoint(options.output / "checkpoints")
+    assert saved is not None
+    done = saved["progress"]
+    assert done["step"] * 4 + done["updates"] == call
+    assert done["rollouts"]
+
+    def counted(this: Any, step: int) -> Any:
+        rolled.append(step)
+        return roll_out(this, step)
+
+    monkeypatch.setattr(ppo, "roll_out", counted)
+    ppo.train(options)
+    assert rolled == list(range(done["step"] + 1, 4))  # the saved rollout was not sampled again
+    assert trace(options.output) == trace(folder)
+    assert same_weights(options.output, folder)
+
+
+def test_a_finished_run_is_not_run_again(
+    options: Callable[..., PpoOptions], monkeypatch: Any
+) -> None:
+    chosen = options(steps=1)
+    first = ppo.train(chosen)
+    monkeypatch.setattr(ppo, "set_up", crash_at(1, ppo.set_up))
+    again = ppo.train(chosen)
+    assert again.figures == first.figures
+    assert "complete already" in again.line
+
+
+def test_checkpoints_of_another_run_are_refused(options: Callable[..., PpoOptions]) -> None:
+    ppo.train(options(steps=1, save_every=1))
+    with pytest.raises(InputError, match=r"another run \(kl_coef differ\)"):
+        ppo.train(options(steps=1, save_every=1, kl_coef=0.2))
+    ppo.train(options(steps=1, save_every=1, kl_coef=0.2, resume=False))
+
+
+# --- rewards
+
+
+def test_samples_without_a_score_cost_themselves_and_nothing_else(
+    options: Callable[..., PpoOptions],
+) -> None:
+    """What the third without a score contains does not reach the update."""
+    this = set_up(options(reward=function("sometimes")))
+    rollout = ppo.roll_out(this, 0)
+    assert rollout.failed == 3
+    lost = rollout.scores.isnan()
+    assert not rollout.mask[lost].any()
+    shaped = ppo.shape(this, rollout)
+    assert not shaped.advantages[lost].any()
+    assert not shaped.returns[lost].any()
+    changed = rollout._replace(
+        values=torch.where(lost[:, None], 1e3, rollout.values),
+        ref_logprobs=torch.where(lost[:, None], -50.0, rollout.ref_logprobs),
+    )
+    again = ppo.shape(this, changed)
+    for name in ("advantages", "returns", "kl", "scores"):
+        torch.testing.assert_close(getattr(again, name), getattr(shaped, name))
+    alone = ppo.update(this, rollout, shaped, range(4), share=0.0)
+    assert math.isfinite(alone["policy_loss"])
+    trained = ppo.train(options(reward=function("sometimes"), output=this.options.output / "run"))
+    assert trained.figures["failed_share"] == pytest.approx(3 / 8)
+
+
+def test_a_reward_that_never_answers_stops_the_run(options: Callable[..., PpoOptions]) -> None:
+    with pytest.raises(BackendError, match="no score for any completion"):
+        ppo.train(options(reward=function("never")))
+
+
+def test_reward_functions_that_do_not_exist(options: Callable[..., PpoOptions]) -> None:
+    with pytest.raises(RecipeError, match="cannot import 'nowhere'"):
+        ppo.train(options(reward=RewardSource(kind="function", function="nowhere:f")))
+    with pytest.raises(RecipeError, match="no function 'g'"):
+        ppo.train(options(reward=RewardSource(kind="function", function=f"{__name__}:g")))
+
+
+# --- learning, and what bounds it
+
+
+def test_the_score_rises(options: Callable[..., PpoOptions]) -> None:
+    chosen = options(
+        steps=12,
+        prompts_per_step=7,
+        completions_per_prompt=6,
+        learning_rate=5e-3,
+        kl_coef=0.0,
+        missing_eos_penalty=None,
+        critic_warmup=1,
+    )
+    trained = ppo.train(chosen)
+    scores = [row["objective/scores"] for row in trace(chosen.output)]
+    assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.5
+    assert trained.figures["kl"] > 0.5
+
+
+def test_a_length_hack_trips_the_guard_and_ends_at_the_gold_best(
+    options: Callable[..., PpoOptions],
+) -> None:
+    """The reward likes length, gold dislikes it: the run stops early and keeps what gold liked."""
+    chosen = options(
+        steps=40,
+        prompts_per_step=4,
+        completions_per_prompt=6,
+        max_tokens=16,
+        learning_rate=8e-3,
+        kl_coef=0.0,
+        missing_eos_penalty=None,
+        reward=function("length_hack"),
+        guard=GuardOptions(
+            gold=function("gold_short"), every=2, prompt_count=3, completions=4, patience=2
+        ),
+    )
+    # A start that often stops early, so that there is length to gain.
+    model = chosen.output.parent / "short"
+    _talks_little(Path(chosen.model), model)
+    chosen = PpoOptions(**{**_fields(chosen), "model": str(model)})
+    trained = ppo.train(chosen)
+    probes = [json.loads(line) for line in (chosen.output / "guard.jsonl").read_text().splitlines()]
+    best = max(probes, key=lambda probe: probe["gold"])
+    assert trained.figures["steps"] < 40
+    assert "the gold score has fallen" in trained.line
+    assert [probe["outcome"] for probe in probes[-2:]] == ["worse", "worse"]
+    assert probes[-1]["reward"] > probes[0]["reward"]  # the proxy rose while gold fell
+    assert trained.figures["best_step"] == best["step"] < probes[-1]["step"]
+    # The saved policy is the best probe's: probing it again gives the same gold score.
+    reloaded = PpoOptions(
+        **{**_fields(chosen), "model": str(chosen.output), "output": chosen.output / "again"}
+    )
+    this = set_up(reloaded)
+    from train.ppo_store import RunStore
+
+    this.options.output.mkdir()
+    assert ppo.probe(this, RunStore(this), step=0).gold == pytest.approx(best["gold"], abs=1e-6)
+
+
+def _fields(options: PpoOptions) -> dict[str, Any]:
+    import dataclasses
+
+    return {entry.name: getattr(options, entry.name) for entry in dataclasses.fields(options)}
+
+
+def _talks_little(source: Path, target: Path) -> None:
+    """Save a copy of the tiny model whose end token is likely."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    with torch.no_grad():
+        weight = model.get_output_embeddings().weight
+        weight *= 2.0
+        ids = torch.arange(5, 40)[None]
+        hidden = model.model(ids).last_hidden_state[0].mean(0)
+        weight[1] += 2.2 * hidden / hidden.norm() ** 2
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(source).save_pretrained(target)
+
+
+def test_critic_warm_up_leaves_the_policy_alone(options: Callable[..., PpoOptions]) -> None:
+    for value in ("separate", "shared"):
+        this = set_up(options(value=value))
+        rollout = ppo.roll_out(this, 0)
+        before = {name: p.clone() for name, p in this.networks.module.named_parameters()}
+        shaped = ppo.shape(this, rollout)
+        ppo.update(this, rollout, shaped, range(4), share=1.0, values_only=True)
+        changed = {
+            name
+            for name, p in this.networks.module.named_parameters()
+            if not torch.equal(p, before[name])
+        }
+        assert changed
+        assert not [name for name in changed if name.startswith("policy")]
+
+
+def test_early_stops(options: Callable[..., PpoOptions], tmp_path: Path) -> None:
+    """stop_kl ends a rollout's passes, max_kl the run."""
+    few = options(stop_kl=1e-9, output=tmp_path / "few")
+    ppo.train(few)
+    assert [row["val/updates"] for row in trace(few.output)] == [2.0, 2.0, 2.0]
+    bounded = options(steps=20, learning_rate=2e-2, max_kl=0.5, kl_coef=0.0)
+    trained = ppo.train(bounded)
+    assert trained.figures["steps"] < 20
+    assert "the KL to the reference exceeds" in trained.line
+
+
+def test_adapters_share_the_weights_with_the_reference(
+    options: Callable[..., PpoOptions],
+) -> None:
+    chosen = options(lora_rank=4, value="shared", learning_rate=1e-2)
+    this = set_up(chosen)
+    assert this.networks.reference is None
+    assert this.networks.models_held == 1
+    rollout = ppo.roll_out(this, 0)
+    start = rollout.ref_logprobs
+    torch.testing.assert_close(rollout.logprobs, start)
+    for _ in range(3):
+        ppo.update(this, rollout, ppo.shape(this, rollout), range(4), share=1.0)
+    again = ppo._recompute(this, rollout)
+    assert not torch.allclose(again.logprobs, start, atol=1e-3)
+    torch.testing.assert_close(again.ref_logprobs, start)
+    ppo.train(chosen)
+    assert (chosen.output / "adapter_model.safetensors").is_file()
+
+
+def test_every_pass_over_the_prompts_has_its_own_order(
+    options: Callable[..., PpoOptions],
+) -> None:
+    """7 prompts, 4 per step: steps 0 to 6 hold each prompt 4 times; seeds never repeat."""
+    this = set_up(options())
+    names = [item.prompt_id for step in range(7) for item in prompts_of_step(this, step)]
+    assert all(names.count(f"p{place}") == 4 for place in range(7))
+    assert names[:7] != names[7:14]
+    seeds = [seed for step in range(7) for seed in seeds_of_step(this, step, 4)]
+    assert len(set(seeds)) == 28
+
+
+def test_wrong_options_name_the_way_out(options: Callable[..., PpoOptions]) -> None:
+    with pytest.raises(RecipeError, match=r"set reward\.kind"):
+        ppo.train(options(reward=RewardSource()))
+    for changes, message in (
+        ({"minibatches": 9}, "between 1 and prompts_per_step"),
+        ({"temperature": 0.0}, "above 0"),
+        ({"dual_clip": 0.5}, "above 1"),
+        ({"value": "shared", "value_model": "x"}, "remove value_model"),
+        ({"reward_clip": 5.0}, "set normalise_rewards"),
+        ({"lora_rank": 4, "reference_model": "x"}, "remove reference_model"),
+        ({"missing_eos_score": -1.0}, "keep one"),
+        ({"steps": 0}, "at least 1"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            options(**changes)
+    for changes, message in (
+        ({"kind": "model"}, "name a reward model"),
+        ({"kind": "function"}, "package.module:function"),
+        ({"kind": "judge", "models": ("x",)}, "does nothing"),
+        ({"kind": "model", "models": ("x",), "ensemble": "min"}, "at least two"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            RewardSource(**changes)  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="prompt_count >= 2"):
+        GuardOptions(prompt_count=1)
+    with pytest.raises(RecipeError, match="leave none to train on"):
+        ppo.train(options(guard=GuardOptions(gold=function("letters"), prompt_count=7)))
