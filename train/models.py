@@ -251,13 +251,26 @@ def enable_packing(model: Any) -> None:
     base = base_model(model)
     check_supported(base.config)
     base.set_attn_implementation(NAME)
-    plain = base.forward
+    if not hasattr(type(base), "reads_packed_rows"):
+        base.__class__ = _packed_class(type(base))
 
-    @functools.wraps(plain)
-    def forward(*args: Any, packed: _Request | None = None, **kwargs: Any) -> Any:
-        return plain(*args, **kwargs) if packed is None else _packed_forward(base, packed)
 
-    base.forward = forward
+@functools.cache
+def _packed_class(kind: type) -> type:
+    """Return a subclass whose forward takes packed requests too.
+
+    A class, not a function on the object: a copied model must run its own weights. It keeps the
+    name, which transformers writes into ``config.json``.
+    """
+
+    @functools.wraps(kind.forward)
+    def forward(self: Any, *args: Any, packed: _Request | None = None, **kwargs: Any) -> Any:
+        if packed is None:
+            return kind.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+        return _packed_forward(self, packed)
+
+    names = {"forward": forward, "reads_packed_rows": True, "__qualname__": kind.__qualname__}
+    return type(kind.__name__, (kind,), names | {"__module__": kind.__module__})
 
 
 def _packed_forward(base: Any, request: _Request) -> Any:

@@ -1,0 +1,503 @@
+"""Training speed on one GPU: DPO, reward model and RRHF, packed, against TRL and the authors' RRHF.
+
+    python benchmarks/train_speed.py --out benchmarks/results
+    python benchmarks/train_speed.py --shape tiny --mix tiny --device cpu --steps 3   # a rehearsal
+
+First it proves that both sides do the same work: equal token ids, a DPO loss of log 2 at step 0,
+packed log-probabilities and gradients equal to the padded model's. Then it times both sides with
+the same callback, and prints one table. Jobs run in order of importance until ``--minutes`` are
+over; what did not run is named. Tokens per second count a prompt once per completion on both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from train_peers import authors_rrhf_loss, trl_dpo, trl_reward
+from train_work import MIXES, SHAPES, build_model, make_groups
+from transformers import TrainerCallback
+
+from feedback.shards import package_versions, write_json
+from train.attention import with_layout
+from train.config import DpoOptions, RewardOptions, RrhfOptions
+from train.data import Group
+from train.dpo import DpoObjective
+from train.fusing import fuse_projections
+from train.models import completion_logps, enable_packing
+from train.packing import pack_groups
+from train.reference import attach_reference
+from train.reward import RewardObjective
+from train.rrhf import RrhfObjective
+from train.trainer import PackedTrainer, packing_of
+
+
+class Clock(TrainerCallback):
+    """Times the steps after the warm-up, with the device's queue emptied at both ends."""
+
+    def __init__(self, warm: int, device: str):
+        self.warm, self.device, self.seconds, self.started = warm, device, math.nan, 0.0
+
+    def _wait(self) -> float:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.warm:
+            self.started = self._wait()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds = self._wait() - self.started
+
+
+def clean(device: str) -> None:
+    """Forget compiled code and free memory between jobs."""
+    gc.collect()
+    torch._dynamo.reset()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def unshared_tokens(groups: Sequence[Group]) -> int:
+    """Return the tokens with a prompt counted once per completion."""
+    return sum(len(g.prompt_ids) + len(ids) for g in groups for ids in g.completions)
+
+
+def peak_gib(device: str) -> float:
+    """Return the most memory allocated since ``clean``, in GiB."""
+    return torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
+
+
+def measured_peak(device: str) -> float:
+    """Return the rate of a large bfloat16 matrix product on random data, in TFLOP/s."""
+    if device != "cuda":
+        return 0.0
+    left, right = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        left @ right
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(10):
+        left @ right
+    torch.cuda.synchronize()
+    return 10 * 2 * 8192**3 / (time.perf_counter() - start) / 1e12
+
+
+def ours(
+    name: str, args: argparse.Namespace, *, completions: int = 2, **changes: Any
+) -> dict[str, Any]:
+    """Train ``args.steps`` steps with our engine and return the figures."""
+    warm, cuda = args.warm, args.device == "cuda"
+    fused = changes.pop("fused", True)
+    settings: dict[str, Any] = {
+        "data": (),
+        "output": Path(args.scratch) / "ours",
+        "device": args.device,
+        "max_steps": warm + args.steps,
+        "batch_size": 0,
+        "row_tokens": args.row_tokens,
+        "log_every": 1000,
+        "learning_rate": 1e-6,
+        "epochs": 1000.0,
+    } | changes
+    kinds = {"dpo": DpoOptions, "reward": RewardOptions, "rrhf": RrhfOptions}
+    makers = {"dpo": DpoObjective, "reward": RewardObjective, "rrhf": RrhfObjective}
+    options = kinds[name](**settings)
+    mix = MIXES[args.mix]
+    per_row = args.row_tokens / (mix.prompt + mix.chosen + mix.rejected * (completions - 1))
+    groups = make_groups(mix, int(per_row * min(8, warm + args.steps)) + 1, completions=completions)
+    precision = changes.get("precision", "bfloat16" if cuda else "float32")
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    clean(args.device)
+    kind = "reward" if name == "reward" else "causal"
+    model = build_model(args.shape, dtype=dtype, device=args.device, kind=kind)
+    enable_packing(model)
+    if fused:
+        fuse_projections(model)
+    if name == "dpo":
+        groups = with_zero_reference(groups)
+    clock = Clock(warm, args.device)
+    trainer = PackedTrainer(
+        model=model,
+        options=options,
+        objective=makers[name](options),
+        groups=groups,
+        callbacks=[clock],
+    )
+    if args.profile and cuda:
+        trainer.add_callback(Profile(warm + 2))
+    built = time.perf_counter()
+    trainer.train()
+    plan = [plan for epoch in range(100) for plan in trainer.steps.plan(epoch)]
+    timed = [groups[i] for step in plan[warm : warm + args.steps] for row in step.rows for i in row]
+    figures = rates(args, model, timed, clock.seconds, shared=True)
+    figures |= {"compile_s": clock.started - built, "row_tokens": args.row_tokens}
+    return figures
+
+
+def with_zero_reference(groups: Sequence[Group]) -> list[Group]:
+    """Return groups with made-up reference values: the step's work does not depend on them."""
+    import dataclasses
+
+    return [dataclasses.replace(g, ref_logps=(0.0,) * len(g.completions)) for g in groups]
+
+
+def rates(
+    args: argparse.Namespace, model: Any, groups: Sequence[Group], seconds: float, *, shared: bool
+) -> dict[str, Any]:
+    """Return pairs, groups and tokens per second, MFU and memory."""
+    weights = sum(p.numel() for p in model.parameters())
+    embedding = model.get_input_embeddings().weight.numel()
+    body = weights - embedding
+    counted = sum(len(ids) for g in groups for ids in g.completions)
+    processed = counted + sum(
+        len(g.prompt_ids) * (1 if shared else len(g.completions)) for g in groups
+    )
+    operations = 6 * (body * processed + embedding * counted)
+    figures = {
+        "seconds": seconds,
+        "groups_per_s": len(groups) / seconds,
+        "real_tokens_per_s": unshared_tokens(groups) / seconds,
+        "processed_tokens_per_s": processed / seconds,
+        "peak_gib": peak_gib(args.device),
+        "groups_per_step": len(groups) / args.steps,
+    }
+    if args.peak:
+        figures["mfu"] = operations / seconds / args.peak / 1e12
+        figures["mfu_real"] = 6 * weights * unshared_tokens(groups) / seconds / args.peak / 1e12
+    return figures
+
+
+def theirs(
+    name: str, args: argparse.Namespace, *, batch: int, best: bool, attention: str
+) -> dict[str, Any]:
+    """Train with TRL and return the figures."""
+    clean(args.device)
+    groups = make_groups(MIXES[args.mix], batch * (args.warm + args.steps))
+    clock = Clock(args.warm, args.device)
+    make = trl_dpo if name == "dpo" else trl_reward
+    trainer = make(
+        args.shape,
+        groups,
+        batch=batch,
+        steps=args.warm + args.steps,
+        best=best,
+        attention=attention,
+        device=args.device,
+        callback=clock,
+    )
+    model = trainer.model
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    return rates(args, model, groups[args.warm * batch :], clock.seconds, shared=False)
+
+
+def authors_rrhf(args: argparse.Namespace, *, completions: int) -> dict[str, Any]:
+    """Train RRHF one prompt at a time, a step every 8 prompts, and return the figures."""
+    clean(args.device)
+    cuda = args.device == "cuda"
+    dtype = torch.bfloat16 if cuda else torch.float32
+    model = build_model(args.shape, dtype=dtype, device=args.device)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    groups = make_groups(MIXES[args.mix], 8 * (args.warm + args.steps), completions=completions)
+    clock = Clock(0, args.device)
+    for number, group in enumerate(groups):
+        if number == 8 * args.warm:
+            clock.started = clock._wait()
+        (authors_rrhf_loss(model, group) / 8).backward()
+        if number % 8 == 7:
+            optimiser.step()
+            optimiser.zero_grad()
+    seconds = clock._wait() - clock.started
+    return rates(args, model, groups[8 * args.warm :], seconds, shared=False)
+
+
+class Profile(TrainerCallback):
+    """Prints where one step's device time goes."""
+
+    def __init__(self, step: int):
+        self.step, self.profiler = step, None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            activities = [torch.profiler.ProfilerActivity.CUDA]
+            self.profiler = torch.profiler.profile(activities=activities)
+            self.profiler.__enter__()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.profiler is not None:
+            torch.cuda.synchronize()
+            self.profiler.__exit__(None, None, None)
+            table = self.profiler.key_averages()
+            print(
+                table.table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=75)
+            )
+            self.profiler = None
+
+
+def prove(args: argparse.Namespace) -> dict[str, float]:
+    """Check equal work; return the largest differences found. Raises AssertionError."""
+    figures: dict[str, float] = {}
+    groups = make_groups(MIXES["tiny"], 12, completions=3, seed=7)
+    for label, dtype, limit in (("fp32", torch.float32, 1e-5), ("bf16", torch.bfloat16, 1e-2)):
+        clean(args.device)
+        model = build_model("tiny", dtype=dtype, device=args.device)
+        plain = torch.stack([padded_logps(model, group) for group in groups]).flatten()
+        weights = torch.linspace(-1, 1, len(plain), device=args.device)
+        (plain * weights).sum().backward()
+        expected = [p.grad.float().clone() for p in model.parameters()]
+        enable_packing(model)
+        fuse_projections(model)
+        kernels = ("sdpa", "blocks", *(("flex",) if args.device == "cuda" else ()))
+        if args.device == "cuda" and dtype == torch.bfloat16:
+            kernels += ("varlen",)
+        for kernel in kernels:
+            model.zero_grad()
+            batch = with_layout(pack_groups(groups, multiple=128), kernel).to(args.device)
+            logps = completion_logps(model, batch).logps
+            (logps * weights).sum().backward()
+            slopes = [p.grad.float() for p in model.parameters()]
+            figures[f"{kernel}_{label}_values"] = difference([logps], [plain])
+            figures[f"{kernel}_{label}_gradients"] = difference(slopes, expected)
+            print(
+                f"  {kernel:7s} {label}: values {figures[f'{kernel}_{label}_values']:.1e}, gradients "
+                f"{figures[f'{kernel}_{label}_gradients']:.1e} of the padded model's"
+            )
+            assert figures[f"{kernel}_{label}_values"] <= limit
+            # Gradients of bfloat16 carry the rounding of every activation on both sides.
+            assert figures[f"{kernel}_{label}_gradients"] <= (limit if label == "fp32" else 5e-2)
+    figures["step0_loss_error"] = abs(first_loss(args) - math.log(2))
+    print(f"  DPO loss at step 0 minus log 2: {figures['step0_loss_error']:.1e}")
+    assert figures["step0_loss_error"] < 1e-3
+    return figures
+
+
+def padded_logps(model: Any, group: Group) -> torch.Tensor:
+    """Return the completions' log-probabilities from a padded batch without packing."""
+    device = next(model.parameters()).device
+    rows = [[*map(int, group.prompt_ids), *map(int, ids)] for ids in group.completions]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+    logprobs = model(input_ids=ids, attention_mask=mask).logits.float().log_softmax(-1)[:, :-1]
+    picked = logprobs.gather(2, ids[:, 1:, None])[..., 0] * mask[:, 1:]
+    return picked[:, len(group.prompt_ids) - 1 :].sum(1)
+
+
+def difference(values: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    """Return the norm of the difference over the norm of what was expected, over all tensors."""
+    flat, wanted = (
+        torch.cat([t.detach().double().flatten() for t in ts]) for ts in (values, expected)
+    )
+    return float((flat - wanted).norm() / wanted.norm())
+
+
+def first_loss(args: argparse.Namespace) -> float:
+    """Return the DPO loss before the first step, the reference being the policy."""
+    clean(args.device)
+    options = DpoOptions(
+        data=(), output=Path(args.scratch), device=args.device, row_tokens=2048, compile="none"
+    )
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    model = build_model("tiny", dtype=dtype, device=args.device)
+    enable_packing(model)
+    packing = packing_of(options)
+    groups = attach_reference(
+        make_groups(MIXES["tiny"], 20),
+        model,
+        packing=packing,
+        folder=Path(args.scratch) / "reference",
+    )
+    batch = with_layout(pack_groups(groups, multiple=packing.multiple), packing.attention)
+    objective = DpoObjective(options)
+    return float(objective.loss(model, batch.to(args.device), objective.counts(groups)).loss)
+
+
+Job = tuple[str, Callable[[], dict[str, Any]]]
+
+
+def jobs(args: argparse.Namespace) -> list[Job]:
+    """Return the named jobs, most important first."""
+    batches = {"362m": (16, 32), "1500m": (4, 8), "tiny": (4,)}[args.shape]
+    flex = args.device == "cuda"
+    listed: list[Job] = [("ours dpo", lambda: ours("dpo", args))]
+    for batch in batches:
+        kind = "flex_attention" if flex else "sdpa"
+        listed.append(
+            (
+                f"trl dpo best batch {batch} {kind}",
+                lambda b=batch, k=kind: theirs("dpo", args, batch=b, best=True, attention=k),
+            )
+        )
+    listed.append(("ours reward", lambda: ours("reward", args)))
+    for batch in batches:
+        listed.append(
+            (
+                f"trl reward best batch {batch} sdpa",
+                lambda b=batch: theirs("reward", args, batch=b, best=True, attention="sdpa"),
+            )
+        )
+    listed.append(("ours rrhf k4", lambda: ours("rrhf", args, completions=4)))
+    listed.append(("authors rrhf k4", lambda: authors_rrhf(args, completions=4)))
+    listed.append(
+        (
+            f"trl dpo best batch {batches[0]} sdpa",
+            lambda: theirs("dpo", args, batch=batches[0], best=True, attention="sdpa"),
+        )
+    )
+    listed.append(
+        (
+            f"trl dpo default batch {batches[0]}",
+            lambda: theirs("dpo", args, batch=batches[0], best=False, attention="sdpa"),
+        )
+    )
+    listed.append(
+        (
+            f"trl reward default batch {batches[0]}",
+            lambda: theirs("reward", args, batch=batches[0], best=False, attention="sdpa"),
+        )
+    )
+    for k in (2, 8):
+        listed.append((f"ours rrhf k{k}", lambda k=k: ours("rrhf", args, completions=k)))
+        listed.append((f"authors rrhf k{k}", lambda k=k: authors_rrhf(args, completions=k)))
+    if flex:
+        listed.append(("ours dpo varlen", lambda: ours("dpo", args, attention="varlen")))
+        listed.append(("ours dpo autocast", lambda: ours("dpo", args, precision="autocast")))
+        listed.append(("ours dpo not fused", lambda: ours("dpo", args, fused=False)))
+        listed.append(("ours dpo not shared", lambda: ours("dpo", args, share_prompt=False)))
+    return listed
+
+
+def run_jobs(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run the chosen jobs until the time is over; a job that fails is reported as failed."""
+    rows = []
+    for name, job in jobs(args):
+        if args.jobs and not any(wanted in name for wanted in args.jobs):
+            continue
+        row: dict[str, Any] = {"job": name, "shape": args.shape, "mix": args.mix}
+        if time.perf_counter() - args.started > 60 * args.minutes:
+            row["skipped"] = "out of time"
+        else:
+            start = time.perf_counter()
+            try:
+                row |= job()
+            except Exception as error:  # one job's trouble must not cost the others their time
+                row["failed"] = f"{type(error).__name__}: {str(error)[:200]}"
+            row["job_s"] = time.perf_counter() - start
+        rows.append(row)
+        print(line(row), flush=True)
+    return rows
+
+
+def line(row: dict[str, Any]) -> str:
+    """Return one line of the table."""
+    if "groups_per_s" not in row:
+        return f"{row['job']:36s} {row.get('failed') or row.get('skipped')}"
+    return (
+        f"{row['job']:36s} {row['groups_per_s']:8.1f} groups/s {row['real_tokens_per_s']:10,.0f} real "
+        f"tokens/s  MFU {row.get('mfu', 0):.3f} (real {row.get('mfu_real', 0):.3f})  "
+        f"{row['peak_gib']:6.1f} GiB for {row['groups_per_step']:.0f} groups  [{row['job_s']:.0f} s]"
+    )
+
+
+def figures_of(rows: Sequence[dict[str, Any]], name: str, suffix: str) -> dict[str, float]:
+    """Return the ratios of one algorithm at one setting, where both sides ran."""
+    done = {row["job"]: row for row in rows if "groups_per_s" in row}
+    mine = done.get("ours rrhf k4" if name == "rrhf" else f"ours {name}")
+    if mine is None:
+        return {}
+    figures = {
+        key: mine[key] for key in ("mfu", "real_tokens_per_s", "groups_per_s") if key in mine
+    }
+
+    def best_of(word: str) -> dict[str, Any] | None:
+        found = [row for job, row in done.items() if job.startswith(word)]
+        return max(found, key=lambda row: row["groups_per_s"], default=None)
+
+    if name == "rrhf":
+        peer = done.get("authors rrhf k4")
+        figures |= (
+            {"speedup_vs_authors": mine["groups_per_s"] / peer["groups_per_s"]} if peer else {}
+        )
+    else:
+        for label, peer in (
+            ("best", best_of(f"trl {name} best")),
+            ("default", best_of(f"trl {name} default")),
+        ):
+            if peer is not None:
+                figures[f"speedup_vs_trl_{label}"] = mine["groups_per_s"] / peer["groups_per_s"]
+        peer = best_of(f"trl {name} best")
+        if peer is not None and peer["peak_gib"]:
+            per = [row["peak_gib"] / row["groups_per_step"] for row in (mine, peer)]
+            figures["memory_per_pair_ratio"] = per[0] / per[1]
+    return {f"{key}_{suffix}": value for key, value in figures.items()}
+
+
+def save(args: argparse.Namespace, rows: list[dict[str, Any]], proof: dict[str, float]) -> None:
+    """Write one result file per algorithm, adding to what other settings wrote there."""
+    device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    suffix = f"{args.shape}_{args.mix}"
+    for name in ("dpo", "reward", "rrhf"):
+        path = Path(args.out) / f"train_{name}.json"
+        known = json.loads(path.read_text()) if path.is_file() else {"figures": {}, "runs": []}
+        kept = [r for r in known["runs"] if (r["shape"], r["mix"]) != (args.shape, args.mix)]
+        write_json(
+            path,
+            {
+                "bench": f"train_{name}",
+                "command": "python " + " ".join(sys.argv),
+                "date": time.strftime("%Y-%m-%d"),
+                "hardware": f"1 x {device}, measured bf16 peak {args.peak:.0f} TFLOP/s",
+                "versions": package_versions(),
+                "figures": known["figures"] | figures_of(rows, name, suffix),
+                "proof": proof,
+                "runs": kept + [row for row in rows if f" {name}" in row["job"]],
+            },
+        )
+
+
+def main() -> None:
+    """Prove, time, print the table, write the files."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="362m")
+    parser.add_argument("--mix", choices=MIXES, default="hh")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--warm", type=int, default=4)
+    parser.add_argument("--row-tokens", type=int, default=65536)
+    parser.add_argument("--minutes", type=float, default=8.0, help="start no job after this")
+    parser.add_argument("--jobs", nargs="*", default=[], help="only jobs whose name holds a word")
+    parser.add_argument("--profile", action="store_true", help="print one step's kernels")
+    parser.add_argument("--no-proof", action="store_true")
+    parser.add_argument("--out", default="")
+    parser.add_argument("--scratch", default="/tmp/train-speed")
+    args = parser.parse_args()
+    args.started = time.perf_counter()
+    args.peak = measured_peak(args.device)
+    print(
+        f"{args.shape} {args.mix} on {args.device}, measured peak {args.peak:.0f} TFLOP/s",
+        flush=True,
+    )
+    proof = {} if args.no_proof else prove(args)
+    rows = run_jobs(args)
+    print("\n" + "\n".join(line(row) for row in rows))
+    for name in ("dpo", "reward", "rrhf"):
+        for key, value in figures_of(rows, name, f"{args.shape}_{args.mix}").items():
+            print(f"{name} {key}: {value:.4g}")
+    if args.out:
+        save(args, rows, proof)
+
+
+if __name__ == "__main__":
+    main()
