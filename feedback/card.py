@@ -22,6 +22,7 @@ from feedback.errors import InputError
 from feedback.figures import CardSection, Figure, plain, read_section
 from feedback.intervals import Resampler
 from feedback.length_control import win_rate_table
+from feedback.mitigation import mitigation_section
 from feedback.observations import Pairs
 from feedback.outcomes import outcome_section
 from feedback.position import position_section
@@ -150,7 +151,8 @@ def make_card(
         _arm(pairs, resampler, slices=slices, own_models=own_models, baseline=baseline)
         for pairs in arms
     ]
-    across = [section] if (section := scheme_section(arms, resampler)) is not None else []
+    spanning = (scheme_section(arms, resampler), mitigation_section(arms, resampler))
+    across = [section for section in spanning if section is not None]
     return ReportCard(
         source=source or {},
         arms=made,

@@ -38,6 +38,7 @@ Statistic = Callable[[Array], Array]
 """From sums of shape (..., d) to values of shape (...,)."""
 
 _MAX_BLOCKS = 4000
+_ENOUGH_GROUPS = 30
 _CHUNK = 250
 
 
@@ -146,7 +147,11 @@ def proportion(
 
 
 def _effective_size(sums: Array, share: float, n: int) -> float:
-    """Return n over the design effect, adjusted for the degrees of freedom, at most n."""
+    """Return n over the design effect, adjusted for the degrees of freedom.
+
+    Two orders of one pair often cancel, and then the effective size exceeds n. With few groups that
+    cannot be told from luck, so it is allowed from 30 groups on, up to ten times n.
+    """
     from scipy import special
 
     count = len(sums)
@@ -157,12 +162,13 @@ def _effective_size(sums: Array, share: float, n: int) -> float:
     residual = sums[:, 0] - share * sums[:, 1]
     variance = count / (count - 1) * float(residual @ residual) / n**2
     binomial = share * (1 - share) / n
+    most = float(10 * n if count >= _ENOUGH_GROUPS else n)
     if variance <= 0:
-        return float(n)
+        return most
     # With few groups the variance itself is uncertain; the squared ratio of t quantiles widens the
     # interval accordingly.
     widen = (special.stdtrit(count - 1, 0.975) / special.stdtrit(n - 1, 0.975)) ** 2
-    return float(min(n, n * binomial / variance / widen))
+    return min(most, n * binomial / variance / float(widen))
 
 
 class Resampler:

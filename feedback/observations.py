@@ -52,11 +52,14 @@ class Arm(NamedTuple):
     judge: JudgeIdentity
     template: str
     template_sha256: str
+    member: int | None = None
+    """Number within a panel, where verdicts carry one."""
 
     @property
     def name(self) -> str:
         """Return judge and template in words."""
-        return f"{self.judge.model} · {self.template}"
+        number = "" if self.member is None else f" (panel member {self.member})"
+        return f"{self.judge.model} · {self.template}{number}"
 
 
 class PromptOf(NamedTuple):
@@ -265,7 +268,8 @@ def collect(
     """
     by_arm: dict[Arm, dict[str, Verdict]] = {}
     for verdict in verdicts:
-        arm = Arm(verdict.judge, verdict.template, verdict.template_sha256)
+        member = verdict.meta.get("member")
+        arm = Arm(verdict.judge, verdict.template, verdict.template_sha256, member)
         known = by_arm.setdefault(arm, {})
         last = known.get(verdict.verdict_id)
         if last is None or last.outcome == "failed":
