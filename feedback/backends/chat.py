@@ -131,7 +131,16 @@ class ChatTokenizer:
         offsets = encoded["offset_mapping"]
         if len(offsets) <= tokens:
             return text
-        return text[: offsets[tokens - 1][1]] if tokens > 0 else ""
+        # Tokens that are bytes of one character all span it: such a character is left out.
+        return text[: min(offsets[tokens - 1][1], offsets[tokens][0])] if tokens > 0 else ""
+
+    def tail(self, text: str, tokens: int) -> str:
+        """Return the longest tail of ``text`` of at most ``tokens`` tokens, cut between tokens."""
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        offsets = encoded["offset_mapping"]
+        if len(offsets) <= tokens:
+            return text
+        return text[max(offsets[-tokens][0], offsets[-tokens - 1][1]) :] if tokens > 0 else ""
 
     def defuse(self, text: str) -> str:
         """Break every special token of this tokenizer that stands in ``text``."""
