@@ -9,17 +9,27 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from feedback.ordering import Orders, merge_orders
+from feedback.panel import Combination, by_member, combine
 from feedback.ranking import criterion_of
 from feedback.records import Comparison, Outcome, Verdict
-from feedback.verdict_index import VerdictIndex
+from feedback.verdict_index import RUN_RECORD, VerdictIndex
 
-__all__ = ["compare_ratings", "comparisons", "pairs_in_list", "prompt_comparisons"]
+__all__ = [
+    "compare_ratings",
+    "comparisons",
+    "member_comparisons",
+    "pairs_in_list",
+    "prompt_comparisons",
+    "run_record",
+]
 
 
 def pairs_in_list(verdict: Verdict) -> Iterator[Verdict]:
@@ -104,6 +114,7 @@ def prompt_comparisons(
     *,
     orders: Orders = "both",
     weights: Mapping[str, float] | None = None,
+    combination: Combination | None = None,
 ) -> list[Comparison]:
     """Return the comparisons in the verdicts of one prompt, of whatever kind.
 
@@ -111,7 +122,14 @@ def prompt_comparisons(
         verdicts: of one prompt.
         orders: which were asked.
         weights: of criteria that were rated one by one.
+        combination: how several judges' comparisons are merged; None for a single judge.
     """
+    if combination is not None:
+        pairs_of: dict[tuple[str, str], dict[int, Comparison]] = defaultdict(dict)
+        for number, compared in member_comparisons(verdicts, orders=orders).items():
+            for one in compared:
+                pairs_of[one.a, one.b][number] = one
+        return [combine(members, combination) for members in pairs_of.values()]
     pairs: dict[tuple[str, ...], list[Verdict]] = defaultdict(list)
     rated: dict[str, list[Verdict]] = defaultdict(list)
     for verdict in verdicts:
@@ -129,11 +147,30 @@ def prompt_comparisons(
     return found
 
 
+def member_comparisons(
+    verdicts: Iterable[Verdict], *, orders: Orders = "both"
+) -> dict[int, list[Comparison]]:
+    """Return the comparisons of one prompt by the number of the judge that made them."""
+    return {
+        number: prompt_comparisons(rows, orders=orders)
+        for number, rows in by_member(verdicts).items()
+    }
+
+
+def run_record(folder: Path) -> dict[str, Any]:
+    """Return what a verdict folder's run has written down of itself; {} where it has not."""
+    path = folder / RUN_RECORD
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return record
+
+
 def comparisons(
     source: Path | VerdictIndex,
     *,
     orders: Orders = "both",
     prompts: Iterable[str] | None = None,
+    weights: Mapping[str, float] | None = None,
+    combination: Combination | None = None,
 ) -> Iterator[Comparison]:
     """Stream the comparisons of a verdict folder, prompt by prompt; memory does not grow.
 
@@ -141,10 +178,21 @@ def comparisons(
         source: verdict folder, or its index (which should hold failed calls too).
         orders: which orders the run asked for; its manifest says.
         prompts: prompt ids to read, in this order; None: all, as they first appear.
+        weights: of criteria that were rated one by one; a folder's own record says.
+        combination: how several judges are merged; a folder's own record says.
     """
     if isinstance(source, Path):
+        record = run_record(source)
         with VerdictIndex(source, failed=True) as index:
-            yield from comparisons(index, orders=orders, prompts=prompts)
+            yield from comparisons(
+                index,
+                orders=orders,
+                prompts=prompts,
+                weights=record.get("criteria"),
+                combination=Combination.read(record.get("combine")),
+            )
         return
     for prompt_id in source.prompts() if prompts is None else prompts:
-        yield from prompt_comparisons(source.verdicts(prompt_id), orders=orders)
+        yield from prompt_comparisons(
+            source.verdicts(prompt_id), orders=orders, weights=weights, combination=combination
+        )

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import kendalltau
 
 __all__ = ["Cycles", "cyclic_triples", "kendall_tau"]
 
@@ -68,4 +67,6 @@ def _list(beats: npt.NDArray[np.int64], most: int) -> list[tuple[int, int, int]]
 
 def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float:
     """Return Kendall's tau-b of two score lists, in [-1, 1]; NaN where one of them is constant."""
+    from scipy.stats import kendalltau  # takes a second to import; judging need not wait for it
+
     return float(kendalltau(first, second).statistic)

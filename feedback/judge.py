@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from feedback.backends import JudgeCall, JudgeReply
 from feedback.errors import TemplateError
-from feedback.length import LengthBudget
+from feedback.length import Fitted, LengthBudget
 from feedback.parsing import parse_reply, scale_values
 from feedback.reading import Reading
 from feedback.records import (
@@ -27,6 +27,8 @@ from feedback.records import (
     Verdict,
     content_id,
 )
+from feedback.rubric import Criterion
+from feedback.structured import reply_schema
 from feedback.templates import Template, neutralise, render
 
 __all__ = ["Asked", "ChoiceReading", "Judge", "Question", "read_choices"]
@@ -51,6 +53,8 @@ class Question:
     gold: str | None = None
     repeat: int = 0
     principle: str | None = None
+    criterion: str | None = None
+    """Name of the one criterion that is rated; None: the whole rubric."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,8 +132,10 @@ class Judge:
     """Cuts completions so that the question fits the judge; None: nothing is cut."""
     use_logprobs: bool = True
     """Read label probabilities where the template's mode allows it; False: read the text."""
-    schema: dict[str, Any] | None = field(default=None)
-    """JSON schema for templates of mode ``structured``."""
+    criteria: tuple[Criterion, ...] = ()
+    """The rubric's criteria, where a rating is about them one by one or all in one object."""
+    member: int | None = None
+    """Number in a panel or cascade; None outside of one."""
 
     @property
     def reply_tokens(self) -> int:
@@ -142,6 +148,13 @@ class Judge:
         return (
             self.use_logprobs and self.template.mode == "label" and self.template.kind != "listwise"
         )
+
+    @property
+    def _all_criteria(self) -> dict[str, float]:
+        """Weights of the criteria that one structured reply scores; empty for a single score."""
+        if self.template.kind != "rating" or self.template.mode != "structured":
+            return {}
+        return {criterion.name: criterion.weight for criterion in self.criteria}
 
     def sampling(self) -> dict[str, Any]:
         """Return what verdicts record of the sampling."""
@@ -156,7 +169,7 @@ class Judge:
         judge = self.identity
         return content_id(
             [judge.model, judge.revision, judge.endpoint],
-            [self.template.sha256, self.rubric, question.principle],
+            [self.template.sha256, self.rubric, question.principle, question.criterion],
             [self.temperature, self.reply_tokens, self.use_logprobs, self.seed],
             [question.prompt_id, question.prompt, question.gold, question.repeat],
             [question.shown, question.completions],
@@ -185,35 +198,43 @@ class Judge:
             max_tokens=self.reply_tokens,
             temperature=self.temperature,
             seed=int(content_id(self.seed, verdict_id, length=7), 16) if sampled else None,
-            schema=self.schema if self.template.mode == "structured" else None,
+            schema=reply_schema(
+                self.template, shown=len(question.shown), criteria=tuple(self._all_criteria)
+            )
+            if self.template.mode == "structured"
+            else None,
         )
         return Asked(question=question, call=call, flags=flags)
 
     def _messages(self, question: Question) -> tuple[tuple[Message, ...], tuple[str, ...]]:
-        flags = []
-
-        def rendered(completions: Sequence[str]) -> tuple[Message, ...]:
+        def rendered(prompt: PromptText, completions: Sequence[str]) -> tuple[Message, ...]:
             return render(
                 self.template,
-                prompt=question.prompt,
+                prompt=prompt,
                 completions=completions,
-                rubric=self.rubric,
+                rubric=self._rubric_text(question),
                 principle=question.principle or "",
                 gold=question.gold or "",
             )
 
         try:
-            messages = rendered(question.completions)
+            fitted = (
+                Fitted(rendered(question.prompt, question.completions))
+                if self.budget is None
+                else self.budget.fit(question.prompt, question.completions, rendered)
+            )
         except ValueError as error:
             raise TemplateError(f"prompt {question.prompt_id!r}: {error}") from error
+        flags = list(fitted.flags)
         if any(neutralise(text) != text for text in question.completions):
             flags.append("neutralised")
-        if self.budget is not None:
-            cut = self.budget.fit(question.completions, messages, rendered)
-            if cut is not None:
-                messages = cut
-                flags.append("truncated_completions")
-        return messages, tuple(flags)
+        return fitted.messages, tuple(flags)
+
+    def _rubric_text(self, question: Question) -> str:
+        if question.criterion is None:
+            return self.rubric
+        shown = {criterion.name: criterion.shown for criterion in self.criteria}
+        return shown[question.criterion]
 
     def read(
         self, asked: Asked, reply: JudgeReply, *, cost: float = 0.0, cached: bool = False
@@ -227,6 +248,7 @@ class Judge:
             reply.text,
             self.template,
             shown=len(asked.question.shown),
+            criteria=self._all_criteria,
             finish_reason=reply.finish_reason,
         )
         return self._read_text(asked, reply, reading, cost, cached)
@@ -295,6 +317,9 @@ class Judge:
         **values: Any,
     ) -> Verdict:
         question = asked.question
+        about = {"criterion": question.criterion, "member": self.member}
+        meta = {key: value for key, value in about.items() if value is not None}
+        meta |= values.pop("meta", {})
         return Verdict(
             verdict_id=asked.call.call_id,
             prompt_id=question.prompt_id,
@@ -315,5 +340,6 @@ class Judge:
             cached=cached,
             flags=[*asked.flags, *flags],
             principle=question.principle,
+            meta=meta,
             **values,
         )

@@ -5,124 +5,63 @@ the engine and is written as it comes. ``verdicts-*.jsonl`` holds final verdicts
 calls that failed stand in ``failed.jsonl`` and are asked again by the next run. A run killed at any
 point continues where it stopped, and memory does not grow with the number of rows.
 
+Several judges (a panel, a cascade) are asked one after the other into the same folder.
+
 ``rlaif judge --candidates runs/x/candidates --out runs/x/verdicts``
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
-from feedback.backends import Backend
+from feedback.adaptive import BLOCK, PairRounds
 from feedback.backends.opening import open_backend
-from feedback.budget import Budget, estimate_tokens, find_price
-from feedback.cache import ReplyCache
-from feedback.config import EngineOptions, recipe_of
-from feedback.errors import BudgetExceeded, InputError, RecipeError
-from feedback.inputs import checked_candidates
+from feedback.budget import estimate_tokens
+from feedback.comparing import member_comparisons
+from feedback.config import recipe_of
+from feedback.constitution import load_constitution
+from feedback.errors import BudgetExceeded, InputError
 from feedback.judge import Judge, Question
+from feedback.judge_options import JudgeOptions
 from feedback.labeling_run import LabelingRun, claim_folder
-from feedback.length import LengthBudget
-from feedback.ordering import Orders, PairPolicy, distinct_completions
+from feedback.labeling_setup import (
+    LOCAL_ENGINES,
+    Member,
+    Work,
+    all_questions,
+    combination_of,
+    make_budget,
+    make_judge,
+    members_of,
+    open_cache,
+    price_of,
+    question_plan,
+    survey,
+)
+from feedback.panel import CascadeOptions, is_unsure
+from feedback.panel_report import panel_lines, panel_report
 from feedback.progress import ProgressBar, say
-from feedback.questions import QuestionPlan, questions_of
+from feedback.questions import QuestionPlan, expected_questions, questions_about
 from feedback.records import Candidates
 from feedback.shards import MANIFEST, file_sha256, manifest_sha256, read_rows
-from feedback.templates import Template, describe, load_rubric, load_template, render
+from feedback.templates import describe, load_criteria, load_template, render
+from feedback.verdict_index import VerdictIndex
 
-__all__ = [
-    "JudgeOptions",
-    "Work",
-    "answer",
-    "label",
-    "make_judge",
-    "question_plan",
-    "run",
-    "survey",
-]
+__all__ = ["JudgeOptions", "Work", "answer", "make_judge", "run"]
 
-# Engines that run in this process, whose replies cost nothing but time.
-_LOCAL = ("transformers", "vllm", "replay")
+Ask = Callable[[LabelingRun, ProgressBar], None]
 
 
-@dataclass(frozen=True, kw_only=True)
-class JudgeOptions:
-    """Candidates -> verdicts."""
+class _Pass(NamedTuple):
+    """One judge's turn: who, and what it is asked."""
 
-    candidates: Path
-    """Folder of candidates (from rlaif sample), or a JSONL file of such rows."""
-    out: Path
-    """Folder for the verdicts; a run that stopped continues there."""
-    engine: EngineOptions = field(default_factory=EngineOptions)
-    """The judge."""
-    template: str = "pairwise"
-    """Judge template: a name from prompts/judges, or a path of a .toml file. Its kind says what is
-    asked: pairs, ratings of single completions, or whole lists."""
-    rubric: str | None = None
-    """Criteria: a name from prompts/rubrics, or a path of a .md file; None: the template's own."""
-    orders: Orders = "both"
-    """both: each pair in both orders, the only way to see position bias; one: a seeded one."""
-    pairs: PairPolicy = "all"
-    """Pairs to ask: all, first (the first completion with each other), random, or cross (only
-    between completions of different models)."""
-    pairs_per_prompt: int | None = None
-    """At most so many pairs of each prompt; None: all that the policy names."""
-    repeats: int = 1
-    """How often each question is asked; more than once only makes sense with a temperature."""
-    temperature: float = 0.0
-    """Sampling temperature of text replies; label probabilities do not depend on it."""
-    reply_tokens: int = 0
-    """Longest reply in tokens; 0: the template's."""
-    read: Literal["auto", "text"] = "auto"
-    """auto: label probabilities where the template asks for one token; text: the reply's text, for
-    engines without log-probabilities."""
-    min_mass: float = 0.05
-    """Least probability that the offered labels must hold together; below it the verdict is
-    unparsed, because the judge wanted to say something else."""
-    max_prompt_tokens: int | None = None
-    """Longest question in tokens; longer completions are cut fairly and flagged. None: what the
-    judge can read, where its tokenizer is at hand."""
-    seed: int = 0
-    """Seed of drawn orders and pairs, and of sampled replies."""
-    cache: str = "auto"
-    """File of earlier replies; auto: replies.sqlite beside --out for engines that are paid for,
-    none for engines in this process; none: no cache."""
-    prices: Path | None = None
-    """Price table; None: prompts/prices.toml."""
-    max_cost: float | None = None
-    """Stop before this run has spent so many US dollars; what is done is kept."""
-    max_calls: int | None = None
-    """Stop after so many calls of this run."""
-    max_tokens: int | None = None
-    """Stop before this run has used so many tokens, prompts and replies together."""
-    dry_run: bool = False
-    """Print calls, tokens and price, and stop before anything is sent."""
-
-    def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
-        for name in ("repeats", "pairs_per_prompt", "max_prompt_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise RecipeError(f"{name} is {value}; it must be at least 1")
-        if not 0 <= self.min_mass < 1:
-            raise RecipeError(f"min_mass is {self.min_mass}; it must be in [0, 1)")
-        if self.temperature < 0:
-            raise RecipeError(f"temperature is {self.temperature}; it must be at least 0")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
-    """What there is to ask, counted and checked before the first call."""
-
-    prompts: int = 0
-    questions: int = 0
-    repeated: int = 0
-    """Completions left out: empty, or equal to another of their prompt after normalisation."""
-    single: int = 0
-    """Prompts with fewer than two distinct completions."""
+    member: Member
+    ask: Ask
 
 
 def run(options: JudgeOptions) -> None:
@@ -133,13 +72,20 @@ def run(options: JudgeOptions) -> None:
         BackendError: the engine cannot give what the template needs, or is gone.
         BudgetExceeded: a limit was reached; what is done is on disk, and the run can be continued.
     """
-    template = load_template(options.template)
-    plan = question_plan(options, template)
-    work = survey(options.candidates, plan)
+    members = members_of(options)
+    plans = [question_plan(row.options, load_template(row.options.template)) for row in members]
+    work = survey(options.candidates, plans[0])
     if options.dry_run:
-        _say_dry_run(options, template, plan, work)
+        _say_dry_run(members, plans, work)
         return
-    answer(options, lambda: _questions(options.candidates, plan), work)
+    passes = []
+    for member, plan in zip(members, plans, strict=True):
+        asks = _ask_adaptive if plan.adaptive else _ask_everything
+        if options.cascade is not None and member.number:
+            passes.append(_Pass(member, _ask_unsure(options, options.cascade, plan)))
+        else:
+            passes.append(_Pass(member, asks(options, plan)))
+    _label(options, passes, work)
 
 
 def answer(options: JudgeOptions, questions: Callable[[], Iterator[Question]], work: Work) -> None:
@@ -149,161 +95,118 @@ def answer(options: JudgeOptions, questions: Callable[[], Iterator[Question]], w
         BackendError: the engine cannot give what the template needs, or is gone.
         BudgetExceeded: a limit was reached.
     """
-    budget = _budget(options)
-    template = load_template(options.template)
-    backend = open_backend(options.engine)
-    try:
-        judge = make_judge(options, template, backend)
-        label(options, judge, backend, questions=questions, work=work, budget=budget)
-    finally:
-        backend.close()
+
+    def ask(run: LabelingRun, bar: ProgressBar) -> None:
+        run.ask_all(questions(), bar)
+
+    _label(options, [_Pass(Member(options, None), ask)], work)
 
 
-def question_plan(options: JudgeOptions, template: Template) -> QuestionPlan:
-    """Return how the options draw questions."""
-    return QuestionPlan(
-        template=template,
-        orders=options.orders,
-        pairs=options.pairs,
-        pairs_per_prompt=options.pairs_per_prompt,
-        repeats=options.repeats,
-        seed=options.seed,
-    )
+def _ask_everything(options: JudgeOptions, plan: QuestionPlan) -> Ask:
+    def ask(run: LabelingRun, bar: ProgressBar) -> None:
+        run.ask_all(all_questions(options.candidates, plan), bar)
+
+    return ask
 
 
-def survey(candidates: Path, plan: QuestionPlan) -> Work:
-    """Check every row of ``candidates`` and count what will be asked.
+def _ask_adaptive(options: JudgeOptions, plan: QuestionPlan) -> Ask:
+    """Ask block by block, each prompt's next pairs by its answers so far."""
 
-    Raises:
-        InputError: a row is wrong, an id occurs twice, or the template shows a gold answer that a
-            prompt lacks.
-    """
-    prompts = questions = repeated = single = 0
-    wants_gold = "{gold}" in plan.template.user + plan.template.system
-    for row in checked_candidates(candidates):
-        prompts += 1
-        distinct = len(distinct_completions(row))
-        repeated += len(row.completions) - distinct
-        single += distinct < 2
-        questions += sum(1 for _ in questions_of(row, plan))
-        if wants_gold and row.gold is None:
-            raise InputError(
-                f"template {plan.template.name!r} shows a known-good answer, and prompt "
-                f"{row.prompt_id!r} has no 'gold'",
-                path=candidates,
-            )
-    if not questions:
-        raise InputError(
-            "there is nothing to ask: no prompt has the completions that the template and "
-            f"--pairs {plan.pairs} need",
-            path=candidates,
-        )
-    return Work(prompts=prompts, questions=questions, repeated=repeated, single=single)
+    def ask(run: LabelingRun, bar: ProgressBar) -> None:
+        rows = read_rows(options.candidates, Candidates)
+        while block := list(itertools.islice(rows, BLOCK)):
+            rounds = PairRounds(block, plan, run.known)
+            run.listener = rounds.hear
+            for wave in rounds.waves():
+                run.ask_all(wave, bar)
+                if run.budget.reached:
+                    return
+
+    return ask
 
 
-def make_judge(options: JudgeOptions, template: Template, backend: Backend) -> Judge:
-    """Return the judge that the options describe, checked against its engine.
+def _ask_unsure(options: JudgeOptions, cascade: CascadeOptions, plan: QuestionPlan) -> Ask:
+    """Ask the strong judge about the pairs that the first one is unsure of."""
 
-    Raises:
-        BackendError: the engine cannot give log-probabilities of the template's labels.
-    """
-    judge = Judge(
-        identity=backend.identity,
-        template=template,
-        rubric=load_rubric(options.rubric or template.rubric),
-        temperature=options.temperature,
-        max_tokens=options.reply_tokens,
-        seed=options.seed,
-        min_mass=options.min_mass,
-        max_prompt_tokens=options.max_prompt_tokens,
-        use_logprobs=options.read == "auto",
-    )
-    if judge.reads_choices:
-        found = backend.prepare(template.choices)
-        if found.note:
-            say(f"{options.engine.model}: {found.note}")
-    return dataclasses.replace(judge, budget=_length_budget(options, judge, backend))
+    def questions() -> Iterator[Question]:
+        with VerdictIndex(options.out) as index:
+            for row in read_rows(options.candidates, Candidates):
+                by_id = {entry.completion_id: entry for entry in row.completions}
+                first = member_comparisons(index.verdicts(row.prompt_id), orders=options.orders)
+                pairs = [
+                    (by_id[found.a], by_id[found.b])
+                    for found in first.get(0, ())
+                    if is_unsure(found, cascade)
+                ]
+                yield from questions_about(row, pairs, plan)
+
+    def ask(run: LabelingRun, bar: ProgressBar) -> None:
+        run.ask_all(questions(), bar)
+
+    return ask
 
 
-def _length_budget(options: JudgeOptions, judge: Judge, backend: Backend) -> LengthBudget | None:
-    """Return the limit on a question's length, where the judge's tokenizer is in this process."""
-    tokenizer = getattr(backend, "chat", None)
-    longest = getattr(backend, "max_length", None)
-    if tokenizer is None:
-        if options.max_prompt_tokens is not None and options.engine.backend != "replay":
-            raise RecipeError(
-                f"max_prompt_tokens needs the judge's tokenizer, which backend "
-                f"{options.engine.backend!r} does not have; leave it out"
-            )
-        return None
-    limits = [options.max_prompt_tokens, longest and longest - judge.reply_tokens]
-    known = [limit for limit in limits if limit]
-    return LengthBudget(tokenizer, min(known)) if known else None
-
-
-def _budget(options: JudgeOptions) -> Budget:
-    paid = options.engine.backend not in _LOCAL
-    price = find_price(options.engine.model, options.prices) if paid else None
-    if paid and price is None and options.max_cost is not None:
-        where = options.prices or "prompts/prices.toml"
-        raise InputError(
-            f"--max-cost needs the price of {options.engine.model!r}; add it to {where} "
-            "(0 for a server of your own)"
-        )
-    return Budget(
-        price=price,
-        batch=options.engine.backend == "batch",
-        max_cost=options.max_cost,
-        max_calls=options.max_calls,
-        max_tokens=options.max_tokens,
-    )
-
-
-def label(
-    options: JudgeOptions,
-    judge: Judge,
-    backend: Backend,
-    *,
-    questions: Callable[[], Iterator[Question]],
-    work: Work,
-    budget: Budget,
-) -> None:
-    """Ask everything that is not on disk yet, and finish the folder.
+def _label(options: JudgeOptions, passes: Sequence[_Pass], work: Work) -> None:
+    """Let each judge answer what is not on disk yet, and finish the folder.
 
     Raises:
         ShardError: the folder was begun with other settings, or another run is writing it.
         BudgetExceeded: a limit was reached.
     """
-    cache = _open_cache(options, judge)
-    run = LabelingRun(judge, backend, folder=options.out, budget=budget, cache=cache)
-    try:
-        claim_folder(options.out, _run_record(options, judge))
-        with ProgressBar("judging", work.questions) as bar:
-            run.ask_all(questions(), bar)
-        say(run.totals.line())
-        if budget.reached:
-            raise BudgetExceeded(
-                f"stopped at {budget.reached} with {run.totals.verdicts} verdicts of this run on "
-                "disk; run the same command with a higher limit to continue"
-            )
-        run.finish(_manifest(options, judge, work))
-        _say_outcome(run, work)
-    finally:
-        run.close()
-        if cache is not None:
-            cache.close()
+    budget = make_budget(options)
+    judges: list[Judge] = []
+    with contextlib.ExitStack() as closing:
+        bar = ProgressBar("judging", work.questions)
+        run: LabelingRun | None = None
+        for member, ask in passes:
+            with contextlib.ExitStack() as turn:
+                backend = open_backend(member.options.engine)
+                turn.callback(backend.close)
+                template = load_template(member.options.template)
+                judge = make_judge(member.options, template, backend, member=member.number)
+                judges.append(judge)
+                cache = open_cache(member.options, judge)
+                if cache is not None:
+                    turn.callback(cache.close)
+                if run is None:
+                    run = LabelingRun(
+                        judge, backend, folder=options.out, budget=budget, cache=cache
+                    )
+                    closing.callback(run.close)
+                    claim_folder(options.out, _run_record(options, passes, judge))
+                    closing.enter_context(bar)
+                else:
+                    budget.price = price_of(member.options)
+                    budget.batch = member.options.engine.backend == "batch"
+                    run.use(judge, backend, cache)
+                ask(run, bar)
+            if budget.reached:
+                break
+        assert run is not None
+        _finish(options, passes, run, judges, work)
 
 
-def _questions(candidates: Path, plan: QuestionPlan) -> Iterator[Question]:
-    for row in read_rows(candidates, Candidates):
-        yield from questions_of(row, plan)
-
-
-def _open_cache(options: JudgeOptions, judge: Judge) -> ReplyCache | None:
-    if options.cache == "none" or (options.cache == "auto" and options.engine.backend in _LOCAL):
-        return None
-    path = options.out.parent / "replies.sqlite"
-    return ReplyCache(path if options.cache == "auto" else Path(options.cache), judge.identity)
+def _finish(
+    options: JudgeOptions,
+    passes: Sequence[_Pass],
+    run: LabelingRun,
+    judges: Sequence[Judge],
+    work: Work,
+) -> None:
+    say(run.totals.line())
+    if run.budget.reached:
+        raise BudgetExceeded(
+            f"stopped at {run.budget.reached} with {run.totals.verdicts} verdicts of this run on "
+            "disk; run the same command with a higher limit to continue"
+        )
+    info = _manifest(options, passes, judges, work)
+    combination = combination_of(options)
+    if combination is not None:
+        info["panel"] = panel_report(options.out, combination, orders=options.orders)
+        for line in panel_lines(info["panel"], [judge.identity.model for judge in judges]):
+            say(line)
+    run.finish(info)
+    _say_outcome(run, work)
 
 
 def _candidates_sha256(candidates: Path) -> str:
@@ -316,9 +219,10 @@ def _candidates_sha256(candidates: Path) -> str:
     )
 
 
-def _run_record(options: JudgeOptions, judge: Judge) -> dict[str, Any]:
+def _run_record(options: JudgeOptions, passes: Sequence[_Pass], judge: Judge) -> dict[str, Any]:
     """Return what the verdicts of a folder depend on."""
-    return {
+    combination = combination_of(options)
+    record: dict[str, Any] = {
         "judge": dataclasses.asdict(judge.identity),
         "template": describe(judge.template),
         "rubric": judge.rubric,
@@ -333,13 +237,42 @@ def _run_record(options: JudgeOptions, judge: Judge) -> dict[str, Any]:
         "max_prompt_tokens": options.max_prompt_tokens,
         "seed": options.seed,
     }
+    if options.constitution is not None:
+        record["constitution"] = load_constitution(options.constitution).describe()
+    if judge.criteria and judge.template.mode != "structured":
+        record["criteria"] = {entry.name: entry.weight for entry in judge.criteria}
+    if combination is not None:
+        record["combine"] = combination.record()
+        record["cascade"] = options.cascade and _cascade_record(options.cascade)
+        record["members"] = [_member_record(member) for member, _ in passes]
+    return record
 
 
-def _manifest(options: JudgeOptions, judge: Judge, work: Work) -> dict[str, Any]:
+def _cascade_record(cascade: CascadeOptions) -> dict[str, Any]:
+    names = ("unsure", "inconsistent", "min_mass")
+    return {name: getattr(cascade, name) for name in names}
+
+
+def _member_record(member: Member) -> dict[str, Any]:
+    options = member.options
+    template = load_template(options.template)
+    return {
+        "backend": options.engine.backend,
+        "model": options.engine.model,
+        "revision": options.engine.revision,
+        "template": describe(template),
+        "rubric": load_criteria(options.rubric or template.rubric).text,
+    }
+
+
+def _manifest(
+    options: JudgeOptions, passes: Sequence[_Pass], judges: Sequence[Judge], work: Work
+) -> dict[str, Any]:
     return {
         "stage": "judge",
-        **_run_record(options, judge),
-        "choices": list(judge.template.choices),
+        **_run_record(options, passes, judges[0]),
+        "judges": [dataclasses.asdict(judge.identity) for judge in judges],
+        "choices": list(judges[0].template.choices),
         "prompts": work.prompts,
         "questions": work.questions,
         "left_out": {"repeated_or_empty": work.repeated, "single_prompts": work.single},
@@ -366,33 +299,42 @@ def _say_outcome(run: LabelingRun, work: Work) -> None:
         )
 
 
-def _say_dry_run(options: JudgeOptions, template: Template, plan: QuestionPlan, work: Work) -> None:
-    """Print what the run would send, from the questions as rendered."""
-    budget = _budget(options)
-    rubric = load_rubric(options.rubric or template.rubric)
-    reply = options.reply_tokens or template.max_tokens
-    calls = prompt_tokens = 0
-    cost = 0.0
-    for question in _questions(options.candidates, plan):
-        messages = render(
-            template,
-            prompt=question.prompt,
-            completions=question.completions,
-            rubric=rubric,
-            gold=question.gold or "",
+def _say_dry_run(members: Sequence[Member], plans: Sequence[QuestionPlan], work: Work) -> None:
+    """Print what the run would send, judge by judge, from the questions as rendered."""
+    for (options, number), plan in zip(members, plans, strict=True):
+        price = price_of(options)
+        batch = options.engine.backend == "batch"
+        rubric = load_criteria(options.rubric or plan.template.rubric)
+        shown = {entry.name: entry.shown for entry in rubric.criteria}
+        reply = options.reply_tokens or plan.template.max_tokens
+        calls = prompt_tokens = 0
+        cost = 0.0
+        for row in read_rows(options.candidates, Candidates):
+            for question in expected_questions(row, plan):
+                messages = render(
+                    plan.template,
+                    prompt=question.prompt,
+                    completions=question.completions,
+                    rubric=shown.get(question.criterion or "", rubric.text),
+                    principle=question.principle or "",
+                    gold=question.gold or "",
+                )
+                usage = estimate_tokens(messages, reply)
+                calls += 1
+                prompt_tokens += usage.prompt_tokens
+                cost += 0.0 if price is None else price.of(usage, batch=batch)
+        most = "at most " if plan.adaptive or (options.cascade and number) else ""
+        say(
+            f"{work.prompts} prompts, {most}{calls} calls to {options.engine.model}; "
+            "nothing was sent"
         )
-        usage = estimate_tokens(messages, reply)
-        calls += 1
-        prompt_tokens += usage.prompt_tokens
-        cost += 0.0 if budget.price is None else budget.price.of(usage, batch=budget.batch)
-    say(f"{work.prompts} prompts, {calls} calls to {options.engine.model}; nothing was sent")
-    say(
-        f"about {prompt_tokens} prompt tokens (estimated at 4 characters each) and at most "
-        f"{calls * reply} reply tokens"
-    )
-    if options.engine.backend in _LOCAL:
-        say("price: none, the judge runs on this machine")
-    elif budget.price is None:
-        say(f"price: unknown; add {options.engine.model!r} to the price table to see it")
-    else:
-        say(f"price: about ${cost:.4f}")
+        say(
+            f"about {prompt_tokens} prompt tokens (estimated at 4 characters each) and at most "
+            f"{calls * reply} reply tokens"
+        )
+        if options.engine.backend in LOCAL_ENGINES:
+            say("price: none, the judge runs on this machine")
+        elif price is None:
+            say(f"price: unknown; add {options.engine.model!r} to the price table to see it")
+        else:
+            say(f"price: {most or 'about '}${cost:.4f}")

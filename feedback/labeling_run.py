@@ -10,7 +10,7 @@ import contextlib
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,11 +23,9 @@ from feedback.judge import Asked, Judge, Question
 from feedback.progress import ProgressBar
 from feedback.records import Usage, Verdict, encode
 from feedback.shards import ShardWriter, write_json, writing
-from feedback.verdict_index import FAILED, VerdictIndex
+from feedback.verdict_index import FAILED, RUN_RECORD, VerdictIndex
 
-__all__ = ["RUN_RECORD", "LabelingRun", "RunTotals", "claim_folder"]
-
-RUN_RECORD = "run.json"
+__all__ = ["LabelingRun", "RunTotals", "claim_folder"]
 
 
 def claim_folder(folder: Path, record: dict[str, Any]) -> None:
@@ -125,6 +123,8 @@ class LabelingRun:
         self.budget = budget
         self.cache = cache
         self.totals = RunTotals()
+        self.listener: Callable[[Verdict], None] | None = None
+        """Told of each verdict of this run, once it is written."""
         self._open: dict[str, Asked] = {}
         self.writer = ShardWriter[Verdict](folder, "verdicts")
         try:
@@ -134,6 +134,20 @@ class LabelingRun:
         except BaseException:
             self.writer.close()
             raise
+
+    def use(self, judge: Judge, backend: Backend, cache: ReplyCache | None) -> None:
+        """Go on with another judge: what it is asked next is written to the same folder."""
+        self.judge, self.backend, self.cache = judge, backend, cache
+        self.listener = None
+
+    def known(self, prompt_id: str) -> list[Verdict]:
+        """Return what this judge said of a prompt in earlier runs, failed calls left out."""
+        judge = (self.judge.identity, self.judge.template.sha256, self.judge.member)
+        return [
+            row
+            for row in self._index.verdicts(prompt_id)
+            if (row.judge, row.template_sha256, row.meta.get("member")) == judge
+        ]
 
     def ask_all(self, questions: Iterable[Question], bar: ProgressBar) -> None:
         """Ask what is not on disk yet, and write each verdict as it comes."""
@@ -183,6 +197,8 @@ class LabelingRun:
         else:
             self.writer.append(verdict)
         self.totals.add(verdict)
+        if self.listener is not None:
+            self.listener(verdict)
         self._bar.advance(note=f"${self.totals.cost:.2f}" if self.totals.cost else "")
 
     def finish(self, info: dict[str, Any]) -> None:

@@ -32,8 +32,10 @@ __all__ = [
     "pair_questions",
 ]
 
-Orders = Literal["both", "one"]
-PairPolicy = Literal["all", "first", "random", "cross"]
+Orders = Literal["both", "one", "rotations"]
+"""``rotations`` is for lists: each completion stands once at each place. Of a pair it is both."""
+PairPolicy = Literal["all", "first", "random", "cross", "sort", "swiss", "active"]
+"""The last three choose pairs by the answers so far (``feedback.pair_schedule``)."""
 # Which order's outcome a comparison without a probability takes: the one to act on first.
 _GRAVITY: tuple[Outcome, ...] = ("failed", "truncated", "unparsed", "refused")
 
@@ -184,7 +186,7 @@ def merge_orders(verdicts: Sequence[Verdict], *, orders: Orders = "both") -> Com
         for first in (a, b)
     ]
     asked = [order for order in read if order is not None]
-    missing = orders == "both" and len(asked) < 2
+    missing = orders != "one" and len(asked) < 2
     values = [order.p for order in asked if order.p is not None]
     complete = not missing and len(values) == len(asked)
     p = math.fsum(values) / len(values) if complete else None

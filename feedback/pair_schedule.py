@@ -31,7 +31,7 @@ import numpy.typing as npt
 from feedback.bradley_terry import Duel, fit_bradley_terry
 from feedback.records import content_id
 
-__all__ = ["Answers", "Method", "Pair", "SchedulePlan", "next_pairs"]
+__all__ = ["Answers", "Method", "Pair", "SchedulePlan", "most_pairs", "next_pairs"]
 
 Method = Literal["all", "sort", "swiss", "active", "random"]
 Pair = tuple[int, int]
@@ -48,7 +48,7 @@ class SchedulePlan:
     method: Method = "all"
     """``random`` is the yardstick for the others: pairs in seeded order, up to the budget."""
     budget: int | None = None
-    """Most pairs per prompt; None: what the method needs (``active``: k log2 k)."""
+    """Most pairs per prompt; None: what the method needs, and k log2 k for ``active``."""
     batch: int = 0
     """Pairs asked at a time by ``active``; 0: a quarter of k."""
     prior_sd: float = 1.5
@@ -65,8 +65,7 @@ def next_pairs(count: int, answers: Answers, plan: SchedulePlan, *, salt: str = 
         plan: method and budget.
         salt: mixed into the seed (the prompt's id), so that prompts differ.
     """
-    limit = _limit(count, plan)
-    left = limit - len(answers)
+    left = most_pairs(count, plan) - len(answers)
     if left <= 0 or count < 2:
         return []
     schedule = {"all": _all, "sort": _sort, "swiss": _swiss, "active": _active, "random": _random}
@@ -74,13 +73,22 @@ def next_pairs(count: int, answers: Answers, plan: SchedulePlan, *, salt: str = 
     return [pair for pair in pairs if pair not in answers][:left]
 
 
-def _limit(count: int, plan: SchedulePlan) -> int:
+def most_pairs(count: int, plan: SchedulePlan) -> int:
+    """Return the most pairs that a prompt with ``count`` completions can be asked about."""
+    if count < 2:
+        return 0
     complete = count * (count - 1) // 2
+    rounds = math.ceil(math.log2(count))
+    needed = {
+        "all": complete,
+        "sort": count * rounds - 2**rounds + 1,
+        "swiss": (rounds + 1) * (count // 2),
+        "active": count * rounds,
+        "random": count * rounds,
+    }[plan.method]
     if plan.budget is not None:
-        return min(plan.budget, complete)
-    if plan.method in ("active", "random"):
-        return min(complete, math.ceil(count * math.log2(max(count, 2))))
-    return complete
+        needed = min(needed, plan.budget) if plan.method == "sort" else plan.budget
+    return min(needed, complete)
 
 
 def _all(count: int, answers: Answers, plan: SchedulePlan, salt: str) -> list[Pair]:

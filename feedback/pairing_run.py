@@ -21,6 +21,7 @@ from feedback.errors import InputError, ShardError
 from feedback.inputs import checked_candidates
 from feedback.ordering import Orders
 from feedback.pairing import PairOptions
+from feedback.panel import Combination
 from feedback.preference_rows import PairRules, preference_rows, ranking_row, usable
 from feedback.progress import ProgressBar, say
 from feedback.records import Candidates, Comparison
@@ -65,7 +66,12 @@ def pair(options: PairOptions) -> None:
         for row in checked_candidates(options.candidates):
             verdicts = index.verdicts(row.prompt_id)
             read += len(verdicts)
-            found = prompt_comparisons(verdicts, orders=orders, weights=manifest.get("criteria"))
+            found = prompt_comparisons(
+                verdicts,
+                orders=orders,
+                weights=manifest.get("criteria"),
+                combination=Combination.read(manifest.get("combine")),
+            )
             _check_known(row, found, options)
             completions = {entry.completion_id: entry for entry in row.completions}
             labelled = usable(found, completions, calibrate(found), counts)

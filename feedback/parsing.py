@@ -45,11 +45,18 @@ _LISTWISE_WORDS = "verdict|ranking|order"
 
 
 def parse_reply(
-    text: str, template: Template, *, shown: int = 2, finish_reason: str | None = None
+    text: str,
+    template: Template,
+    *,
+    shown: int = 2,
+    criteria: Mapping[str, float] | None = None,
+    finish_reason: str | None = None,
 ) -> Reading:
-    """Read ``text`` as the reply to ``template`` about ``shown`` completions."""
+    """Read the reply to ``template`` about ``shown`` completions; arguments as ``parse_json``."""
     if template.mode == "structured":
-        return parse_json(text, template, shown=shown, finish_reason=finish_reason)
+        return parse_json(
+            text, template, shown=shown, criteria=criteria, finish_reason=finish_reason
+        )
     if template.kind == "pairwise":
         return parse_pairwise(text, template, finish_reason=finish_reason)
     if template.kind == "listwise":
@@ -75,9 +82,10 @@ def _answer(
         finish_reason = None if finish_reason == "length" else finish_reason
     if open_thinking:
         return "", finish_reason, no_verdict(text, finish_reason, "reasoning without an answer")
-    if not answer.strip():
+    plain = plain_text(answer)
+    if not plain.strip():
         return "", finish_reason, no_verdict("", finish_reason, "the reply is empty")
-    return plain_text(answer), finish_reason, None
+    return plain, finish_reason, None
 
 
 def _stated(

@@ -39,6 +39,11 @@ class Criterion:
     weight: float
     text: str
 
+    @property
+    def shown(self) -> str:
+        """What a judge reads where this criterion is rated on its own."""
+        return f"{self.name.replace('-', ' ')}: {self.text}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rubric:
@@ -52,15 +57,6 @@ class Rubric:
     def weights(self) -> dict[str, float]:
         """Return the criteria's weights by name; empty without criteria."""
         return {criterion.name: criterion.weight for criterion in self.criteria}
-
-    def criterion_text(self, name: str) -> str:
-        """Return what is shown when one criterion is rated on its own.
-
-        Raises:
-            KeyError: there is none of that name.
-        """
-        texts = {criterion.name: criterion.text for criterion in self.criteria}
-        return f"{name.replace('-', ' ')}: {texts[name]}"
 
 
 def parse_rubric(source: str, *, path: Path) -> Rubric:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import ndtri
 
 __all__ = ["Strengths", "sum_zero_basis"]
 
@@ -32,7 +32,7 @@ class Strengths:
 
     def intervals(self, level: float = 0.95) -> Floats:
         """Return (k, 2): lower and upper ends of each value's interval, by normal approximation."""
-        half = ndtri(0.5 + level / 2) * np.sqrt(np.diag(self.covariance))
+        half = NormalDist().inv_cdf(0.5 + level / 2) * np.sqrt(np.diag(self.covariance))
         return np.stack([self.values - half, self.values + half], axis=1)
 
     def difference_sd(self) -> Floats:

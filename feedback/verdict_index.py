@@ -19,9 +19,10 @@ from feedback.errors import InputError, ShardError
 from feedback.records import Verdict, decode
 from feedback.shards import shard_paths
 
-__all__ = ["FAILED", "SeenIds", "VerdictIndex"]
+__all__ = ["FAILED", "RUN_RECORD", "SeenIds", "VerdictIndex"]
 
 FAILED = "failed.jsonl"
+RUN_RECORD = "run.json"
 _ROWS_PER_INSERT = 20_000
 
 

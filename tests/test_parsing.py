@@ -68,6 +68,7 @@ def test_label_mode_reads_the_label(text, label):
     [
         "",
         "   \n",
+        "***",
         "I",
         "C",
         "А",  # Cyrillic

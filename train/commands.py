@@ -29,7 +29,7 @@ COMMANDS: dict[str, Command] = {
         "feedback.sampling:SampleOptions", "feedback.sampling:run", "prompts -> candidates"
     ),
     "judge": Command(
-        "feedback.labeling:JudgeOptions", "feedback.labeling:run", "candidates -> verdicts"
+        "feedback.judge_options:JudgeOptions", "feedback.labeling:run", "candidates -> verdicts"
     ),
     "pair": Command(
         "feedback.pairing:PairOptions",

@@ -1,0 +1,257 @@
+"""What a labelling run needs before its first call: the plan, the work, the judge, its limits."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from feedback.backends import Backend
+from feedback.budget import Budget, Price, find_price
+from feedback.cache import ReplyCache
+from feedback.constitution import load_constitution
+from feedback.errors import InputError, RecipeError, TemplateError
+from feedback.inputs import checked_candidates
+from feedback.judge import Judge, Question
+from feedback.judge_options import JudgeOptions
+from feedback.length import LengthBudget
+from feedback.ordering import distinct_completions
+from feedback.panel import Combination
+from feedback.progress import say
+from feedback.questions import QuestionPlan, expected_questions, questions_of
+from feedback.records import Candidates
+from feedback.shards import read_rows
+from feedback.templates import Template, load_criteria, load_template
+
+__all__ = [
+    "LOCAL_ENGINES",
+    "Member",
+    "Work",
+    "all_questions",
+    "combination_of",
+    "make_budget",
+    "make_judge",
+    "members_of",
+    "open_cache",
+    "price_of",
+    "question_plan",
+    "survey",
+]
+
+# Engines that run in this process, whose replies cost nothing but time.
+LOCAL_ENGINES = ("transformers", "vllm", "replay")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What there is to ask, counted and checked before the first call."""
+
+    prompts: int = 0
+    questions: int = 0
+    """At most so many, where answers decide about further ones."""
+    repeated: int = 0
+    """Completions left out: empty, or equal to another of their prompt after normalisation."""
+    single: int = 0
+    """Prompts with fewer than two distinct completions."""
+
+
+class Member(NamedTuple):
+    """One judge of a run: the options with its engine, template and rubric, and its number."""
+
+    options: JudgeOptions
+    number: int | None
+    """None for a single judge; 0 for the first of several."""
+
+
+def members_of(options: JudgeOptions) -> list[Member]:
+    """Return the judges of a run, in the order in which they are asked.
+
+    Raises:
+        RecipeError: two of them are the same, or a cascade's judge does not compare pairs.
+    """
+    if options.panel is None and options.cascade is None:
+        return [Member(options, None)]
+    others = options.panel.judges if options.panel is not None else ()
+    members = [Member(options, 0)]
+    for other in [options.cascade] if options.cascade is not None else others:
+        changed = dataclasses.replace(
+            options,
+            engine=other.engine,
+            template=other.template or options.template,
+            rubric=other.rubric if other.template or other.rubric else options.rubric,
+        )
+        members.append(Member(changed, len(members)))
+    if len(members) < 2:
+        raise RecipeError("[judge.panel] has no [[judge.panel.judges]]")
+    asked = [(row.options.engine, row.options.template, row.options.rubric) for row in members]
+    if any(entry in asked[:place] for place, entry in enumerate(asked)):
+        raise RecipeError("two judges have the same engine, template and rubric")
+    kinds = {load_template(row.options.template).kind for row in members}
+    if kinds != {"pairwise"}:
+        raise RecipeError(
+            f"several judges compare pairs; their templates are {', '.join(sorted(kinds))}"
+        )
+    return members
+
+
+def combination_of(options: JudgeOptions) -> Combination | None:
+    """Return how the judges' comparisons are merged; None for a single judge."""
+    if options.cascade is not None:
+        return Combination("cascade", (1.0, 1.0))
+    if options.panel is None:
+        return None
+    weights = (options.panel.weight, *(judge.weight for judge in options.panel.judges))
+    return Combination(options.panel.combine, weights)
+
+
+def question_plan(options: JudgeOptions, template: Template) -> QuestionPlan:
+    """Return how the options draw questions.
+
+    Raises:
+        TemplateError: a constitution without a place in the template, or the other way round.
+    """
+    text = template.user + template.system
+    if ("{principle}" in text) != (options.constitution is not None):
+        raise TemplateError(
+            f"template {template.name!r} shows a principle; give --constitution"
+            if options.constitution is None
+            else f"template {template.name!r} has no {{principle}}: --constitution would do "
+            "nothing; use template 'principle' or your own"
+        )
+    principles = (
+        load_constitution(options.constitution).having("choose") if options.constitution else ()
+    )
+    criteria: tuple[str, ...] = ()
+    if template.kind == "rating" and template.mode != "structured":
+        rubric = load_criteria(options.rubric or template.rubric)
+        criteria = tuple(criterion.name for criterion in rubric.criteria)
+    return QuestionPlan(
+        template=template,
+        orders=options.orders,
+        pairs=options.pairs,
+        pairs_per_prompt=options.pairs_per_prompt,
+        repeats=options.repeats,
+        seed=options.seed,
+        criteria=criteria,
+        principles=principles,
+    )
+
+
+def survey(candidates: Path, plan: QuestionPlan) -> Work:
+    """Check every row of ``candidates`` and count what will be asked.
+
+    Raises:
+        InputError: a row is wrong, an id occurs twice, or the template shows a gold answer that a
+            prompt lacks.
+    """
+    prompts = questions = repeated = single = 0
+    wants_gold = "{gold}" in plan.template.user + plan.template.system
+    for row in checked_candidates(candidates):
+        prompts += 1
+        distinct = len(distinct_completions(row))
+        repeated += len(row.completions) - distinct
+        single += distinct < 2
+        questions += sum(1 for _ in expected_questions(row, plan))
+        if wants_gold and row.gold is None:
+            raise InputError(
+                f"template {plan.template.name!r} shows a known-good answer, and prompt "
+                f"{row.prompt_id!r} has no 'gold'",
+                path=candidates,
+            )
+    if not questions:
+        raise InputError(
+            "there is nothing to ask: no prompt has the completions that the template and "
+            f"--pairs {plan.pairs} need",
+            path=candidates,
+        )
+    return Work(prompts=prompts, questions=questions, repeated=repeated, single=single)
+
+
+def all_questions(candidates: Path, plan: QuestionPlan) -> Iterator[Question]:
+    """Yield the questions about all prompts, where answers do not decide about them."""
+    for row in read_rows(candidates, Candidates):
+        yield from questions_of(row, plan)
+
+
+def make_judge(
+    options: JudgeOptions, template: Template, backend: Backend, *, member: int | None = None
+) -> Judge:
+    """Return the judge that the options describe, checked against its engine.
+
+    Raises:
+        BackendError: the engine cannot give log-probabilities of the template's labels.
+    """
+    rubric = load_criteria(options.rubric or template.rubric)
+    judge = Judge(
+        identity=backend.identity,
+        template=template,
+        rubric=rubric.text,
+        criteria=rubric.criteria if template.kind == "rating" else (),
+        member=member,
+        temperature=options.temperature,
+        max_tokens=options.reply_tokens,
+        seed=options.seed,
+        min_mass=options.min_mass,
+        max_prompt_tokens=options.max_prompt_tokens,
+        use_logprobs=options.read == "auto",
+    )
+    if judge.reads_choices:
+        found = backend.prepare(template.choices)
+        if found.note:
+            say(f"{options.engine.model}: {found.note}")
+    return dataclasses.replace(judge, budget=_length_budget(options, judge, backend))
+
+
+def _length_budget(options: JudgeOptions, judge: Judge, backend: Backend) -> LengthBudget | None:
+    """Return the limit on a question's length, where the judge's tokenizer is in this process."""
+    tokenizer = getattr(backend, "chat", None)
+    longest = getattr(backend, "max_length", None)
+    if tokenizer is None:
+        if options.max_prompt_tokens is not None and options.engine.backend != "replay":
+            raise RecipeError(
+                f"max_prompt_tokens needs the judge's tokenizer, which backend "
+                f"{options.engine.backend!r} does not have; leave it out"
+            )
+        return None
+    limits = [options.max_prompt_tokens, longest and longest - judge.reply_tokens]
+    known = [limit for limit in limits if limit]
+    return LengthBudget(tokenizer, min(known)) if known else None
+
+
+def price_of(options: JudgeOptions) -> Price | None:
+    """Return the price of the engine's model; None for engines in this process, or if unknown.
+
+    Raises:
+        InputError: the price is unknown, and there is a limit on cost.
+    """
+    paid = options.engine.backend not in LOCAL_ENGINES
+    price = find_price(options.engine.model, options.prices) if paid else None
+    if paid and price is None and options.max_cost is not None:
+        where = options.prices or "prompts/prices.toml"
+        raise InputError(
+            f"--max-cost needs the price of {options.engine.model!r}; add it to {where} "
+            "(0 for a server of your own)"
+        )
+    return price
+
+
+def make_budget(options: JudgeOptions) -> Budget:
+    """Return the run's limits, with the first judge's price."""
+    return Budget(
+        price=price_of(options),
+        batch=options.engine.backend == "batch",
+        max_cost=options.max_cost,
+        max_calls=options.max_calls,
+        max_tokens=options.max_tokens,
+    )
+
+
+def open_cache(options: JudgeOptions, judge: Judge) -> ReplyCache | None:
+    """Open the file of earlier replies, where the options ask for one."""
+    local = options.engine.backend in LOCAL_ENGINES
+    if options.cache == "none" or (options.cache == "auto" and local):
+        return None
+    path = options.out.parent / "replies.sqlite"
+    return ReplyCache(path if options.cache == "auto" else Path(options.cache), judge.identity)
