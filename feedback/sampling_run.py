@@ -48,7 +48,8 @@ class _Open:
 
     row: Candidates
     waiting: int
-    drawn: list[Completion] = dataclasses.field(default_factory=list)
+    drawn: dict[int, list[Completion]] = dataclasses.field(default_factory=dict)
+    """By the call's number: replies come in any order, and the row must not depend on it."""
     error: str = ""
 
 
@@ -126,7 +127,7 @@ class SamplingRun:
         stage = self.stages[place]
         model = backend.identity.model
         waiting: dict[str, _Open] = {}
-        owners: dict[str, tuple[str, SampleCall]] = {}
+        owners: dict[str, tuple[str, int, SampleCall]] = {}
 
         def calls() -> Iterator[SampleCall]:
             for row in source:
@@ -139,16 +140,16 @@ class SamplingRun:
                     bar.advance()
                     continue
                 waiting[row.prompt_id] = _Open(row, len(asked))
-                for call in asked:
-                    owners[call.call_id] = (row.prompt_id, call)
+                for number, call in enumerate(asked):
+                    owners[call.call_id] = (row.prompt_id, number, call)
                     yield call
 
         start = time.perf_counter()
         for reply in backend.sample(calls()):
-            prompt_id, call = owners.pop(reply.call_id)
+            prompt_id, number, call = owners.pop(reply.call_id)
             entry = waiting[prompt_id]
             entry.waiting -= 1
-            entry.drawn += self._completions(call, reply, model, stage)
+            entry.drawn[number] = self._completions(call, reply, model, stage)
             entry.error = reply.error or entry.error
             if not entry.waiting:
                 del waiting[prompt_id]
@@ -222,10 +223,11 @@ class SamplingRun:
     def _merged(self, entry: _Open) -> Candidates:
         """Return the row with what was drawn for it, without empty texts and repeats."""
         completions = list(entry.row.completions)
+        drawn = [each for number in sorted(entry.drawn) for each in entry.drawn[number]]
         if self.keep_repeats:
-            return dataclasses.replace(entry.row, completions=completions + entry.drawn)
+            return dataclasses.replace(entry.row, completions=completions + drawn)
         seen = {normalise_text(completion.completion) for completion in completions}
-        for completion in entry.drawn:
+        for completion in drawn:
             text = normalise_text(completion.completion)
             if not text:
                 self.counts["empty"] += 1

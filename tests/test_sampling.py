@@ -1,0 +1,322 @@
+"""Sampling: nothing twice, nothing lost, repeats drawn again, bad prompts named by line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from feedback import sampling
+from feedback.backends import SampleCall, SampleReply
+from feedback.config import EngineOptions
+from feedback.errors import InputError, RecipeError, ShardError
+from feedback.records import Candidates, JudgeIdentity, normalise_text
+from feedback.sampling import SampleOptions
+from feedback.shards import read_manifest, read_rows
+
+
+class ScriptedPolicy:
+    """Answers by a function of (call, number of the completion); counts its calls."""
+
+    def __init__(self, name: str, answer: Callable[[SampleCall, int], str | None]):
+        self.identity = JudgeIdentity(model=name)
+        self.answer = answer
+        self.calls: list[SampleCall] = []
+        self.stop_after: int | None = None
+        self.closed = 0
+
+    def sample(self, calls: Iterable[SampleCall]) -> Iterator[SampleReply]:
+        window: list[SampleCall] = []
+        for call in calls:
+            if self.stop_after is not None and len(self.calls) >= self.stop_after:
+                raise KeyboardInterrupt
+            self.calls.append(call)
+            window.append(call)
+            if len(window) == 3:
+                # Out of order, as engines answer.
+                yield from map(self.reply, reversed(window))
+                window.clear()
+        yield from map(self.reply, reversed(window))
+
+    def reply(self, call: SampleCall) -> SampleReply:
+        texts = [self.answer(call, number) for number in range(call.n)]
+        if any(text is None for text in texts):
+            return SampleReply(call_id=call.call_id, error="HTTP 500")
+        return SampleReply(
+            call_id=call.call_id,
+            texts=tuple(str(text) for text in texts),
+            finish_reasons=("stop",) * call.n,
+            logps=(-1.5,) * call.n,
+        )
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@pytest.fixture
+def policies(monkeypatch: pytest.MonkeyPatch) -> dict[str, ScriptedPolicy]:
+    known: dict[str, ScriptedPolicy] = {}
+
+    def opened(options: EngineOptions) -> ScriptedPolicy:
+        return known[options.model]
+
+    monkeypatch.setattr(sampling, "open_backend", opened)
+    return known
+
+
+def unique(call: SampleCall, number: int) -> str:
+    return f"{call.messages[-1]['content']} / {call.temperature} / {call.seed} / {number}"
+
+
+def write_prompts(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def options(tmp_path: Path, count: int = 7, **settings: Any) -> SampleOptions:
+    prompts = tmp_path / "prompts.jsonl"
+    if not prompts.exists():
+        write_prompts(prompts, [{"prompt_id": f"p{n}", "prompt": f"Q{n}"} for n in range(count)])
+    return SampleOptions(
+        **{
+            "prompts": prompts,
+            "out": tmp_path / "candidates",
+            "engine": EngineOptions(model="a"),
+            **settings,
+        }
+    )
+
+
+def rows_of(folder: Path) -> dict[str, Candidates]:
+    rows = list(read_rows(folder, Candidates))
+    assert len({row.prompt_id for row in rows}) == len(rows), "a prompt stands there twice"
+    return {row.prompt_id: row for row in rows}
+
+
+def test_each_prompt_gets_its_completions_with_their_origin(
+    tmp_path: Path, policies: dict[str, ScriptedPolicy]
+) -> None:
+    policies["a"] = ScriptedPolicy("a", unique)
+    sampling.run(options(tmp_path, completions=4, temperatures=(0.7, 1.2), top_p=0.9))
+    rows = rows_of(tmp_path / "candidates")
+    assert set(rows) == {f"p{n}" for n in range(7)}
+    for row in rows.values():
+        assert [entry.sampling["temperature"] for entry in row.completions] == [0.7, 0.7, 1.2, 1.2]
+        assert {entry.model for entry in row.completions} == {"a"}
+        assert {entry.finish_reason for entry in row.completions} == {"stop"}
+        assert len({entry.completion_id for entry in row.completions}) == 4
+        for entry in row.completions:
+            assert entry.logp == -1.5
+            assert entry.sampling["top_p"] == 0.9
+            assert isinstance(entry.sampling["seed"], int)
+    assert policies["a"].closed == 1
+
+
+def test_seeds_are_reproducible_and_differ_by_prompt(
+    tmp_path: Path, policies: dict[str, ScriptedPolicy]
+) -> None:
+    policies["a"] = ScriptedPolicy("a", unique)
+    sampling.run(options(tmp_path, out=tmp_path / "one"))
+    sampling.run(options(tmp_path, out=tmp_path / "two"))
+    sampling.run(options(tmp_path, out=tmp_path / "other", seed=1))
+    one, two, other = (rows_of(tmp_path / name) for name in ("one", "two", "other"))
+    assert one == two
+    assert all(one[name].completions != other[name].completions for name in one)
+    assert len({call.seed for call in policies["a"].calls[:7]}) == 7
+
+
+def test_repeats_and_empty_completions_are_drawn_again(
+    tmp_path: Path, policies: dict[str, ScriptedPolicy]
+) -> None:
+    first: set[str] = set()
+
+    def answer(call: SampleCall, number: int) -> str:
+        prompt = call.messages[-1]["content"]
+        if prompt not in first:
+            if number == 3:
+                first.add(prompt)
+            return ["Same.", "  same. ", "", "Other."][number]
+        return unique(call, number)
+
+    policies["a"] = ScriptedPolicy("a", answer)
+    sampling.run(options(tmp_path, completions=4))
+    for row in rows_of(tmp_path / "candidates").values():
+        texts = [normalise_text(entry.completion) for entry in row.completions]
+        assert len(texts) == 4
+        assert len(set(texts)) == 4
+        assert "" not in texts
+    drawn = read_manifest(tmp_path / "candidates")["drawn"]
+    assert (drawn["repeated"], drawn["empty"], drawn["kept"], drawn["drawn"]) == (7, 7, 28, 42)
+
+
+def test_a_policy_that_only_repeats_itself_is_left_short_and_counted(
+    tmp_path: Path, policies: dict[str, ScriptedPolicy], capsys: pytest.CaptureFixture[str]
+) -> None:
+    policies["a"] = ScriptedPolicy("a", lambda call, number: "always")
+    sampling.run(options(tmp_path, completions=3, refills=2))
+    rows = rows_of(tmp_path / "candidates")
+    assert [len(row.completions) for row in rows.values()] == [1] * 7
+    assert read_manifest(tmp_path / "candidates")["drawn"]["short"] == 7
+    assert "7 prompts have fewer completions" in capsys.readouterr().out
+    # First 3, then 2 more, then 2 more.
+    assert [call.n for call in policies["a"].calls] == [3] * 7 + [2] * 14
+
+
+def test_kept_repeats_are_a_fair_sample(
+    tmp_path: Path, policies: dict[str, ScriptedPolicy]
+) -> None:
+    policies["a"] = ScriptedPolicy("a", lambda call, number: ["x", "x", ""][number])
+    sampling.run(options(tmp_path, completions=3, repeats="keep"))
+    for row in rows_of(tmp_path / "candidates").values():
+        assert [entry.completion for entry in row.completions] == ["x", "x", ""]
+        assert len({entry.completion_id for entry in row.completions}) == 3
+
+
+def test_several_policies_share_the_completions(
+    tmp_path: Path, policies: dict[str, ScriptedPolicy]
+) -> None:
+    policies["a"] = ScriptedPolicy("a", lambda call, number: "a" + unique(call, number))
+    policies["b"] = ScriptedPolicy("b", lambda call, number: "b" + unique(call, number))
+    sampling.run(options(tmp_path, completions=5, more=(EngineOptions(model="b"),)))
+    for row in rows_of(tmp_path / "candidates").values():
+        assert [entry.model for entry in row.completions] == ["a", "a", "a", "b", "b"]
+    left = [path.name for path in (tmp_path / "candidates").iterdir() if "stage" in path.name]
+    assert not left
+
+
+@pytest.mark.parametrize("stop", range(0, 22, 2))
+def test_an_interrupted_run_goes_on_without_loss_or_doubles(
+    tmp_path: Path, policies: dict[str, ScriptedPolicy], stop: int
+) -> None:
+    def answer(name: str) -> Callable[[SampleCall, int], str]:
+        # Every third seed repeats itself, so that refills are part of the run.
+        return lambda call, number: (
+            name if (call.seed or 0) % 3 == 0 else name + unique(call, number)
+        )
+
+    def fresh() -> None:
+        policies["a"] = ScriptedPolicy("a", answer("a"))
+        policies["b"] = ScriptedPolicy("b", answer("b"))
+
+    settings: dict[str, Any] = {"completions": 4, "more": (EngineOptions(model="b"),)}
+    fresh()
+    sampling.run(options(tmp_path, out=tmp_path / "whole", **settings))
+    fresh()
+    budget = stop
+    for policy in policies.values():
+        policy.stop_after = budget
+    interrupted = True
+    while interrupted:
+        interrupted = False
+        try:
+            sampling.run(options(tmp_path, **settings))
+        except KeyboardInterrupt:
+            interrupted = True
+            for policy in policies.values():
+                policy.stop_after = len(policy.calls) + 5
+    assert rows_of(tmp_path / "candidates") == rows_of(tmp_path / "whole")
+
+
+def test_failed_prompts_are_retried_by_the_next_run_and_only_those(
+    tmp_path: Path, policies: dict[str, ScriptedPolicy]
+) -> None:
+    def failing(call: SampleCall, number: int) -> str | None:
+        return None if call.messages[-1]["content"] in ("Q2", "Q5") else unique(call, number)
+
+    policies["a"] = ScriptedPolicy("a", failing)
+    sampling.run(options(tmp_path, refills=1))
+    assert set(rows_of(tmp_path / "candidates")) == {"p0", "p1", "p3", "p4", "p6"}
+    failed = [
+        json.loads(line) for line in (tmp_path / "candidates/failed.jsonl").read_text().splitlines()
+    ]
+    assert {row["prompt_id"]: row["error"] for row in failed} == {
+        "p2": "HTTP 500",
+        "p5": "HTTP 500",
+    }
+    assert read_manifest(tmp_path / "candidates")["failed"] == 2
+    policies["a"] = ScriptedPolicy("a", unique)
+    sampling.run(options(tmp_path, refills=1))
+    assert {call.messages[-1]["content"] for call in policies["a"].calls} == {"Q2", "Q5"}
+    assert len(rows_of(tmp_path / "candidates")) == 7
+    assert not (tmp_path / "candidates/failed.jsonl").exists()
+
+
+def test_a_finished_folder_opens_no_model(
+    tmp_path: Path, policies: dict[str, ScriptedPolicy]
+) -> None:
+    policies["a"] = ScriptedPolicy("a", unique)
+    sampling.run(options(tmp_path))
+    before = (tmp_path / "candidates/candidates-00000.jsonl").read_bytes()
+    policies.clear()
+    sampling.run(options(tmp_path))
+    assert (tmp_path / "candidates/candidates-00000.jsonl").read_bytes() == before
+
+
+def test_other_settings_are_not_mixed_into_a_folder(
+    tmp_path: Path, policies: dict[str, ScriptedPolicy]
+) -> None:
+    policies["a"] = ScriptedPolicy("a", unique)
+    sampling.run(options(tmp_path))
+    with pytest.raises(ShardError, match="begun with another top_p"):
+        sampling.run(options(tmp_path, top_p=0.5))
+
+
+def test_system_message_gold_and_meta_travel(
+    tmp_path: Path, policies: dict[str, ScriptedPolicy]
+) -> None:
+    own = [{"role": "system", "content": "Mine."}, {"role": "user", "content": "Hi"}]
+    write_prompts(
+        tmp_path / "prompts.jsonl",
+        [{"prompt": "plain", "gold": "G", "meta": {"k": 1}}, {"prompt": own}],
+    )
+    policies["a"] = ScriptedPolicy("a", unique)
+    sampling.run(options(tmp_path, system="Ours."))
+    systems = {call.messages[-1]["content"]: call.messages[0] for call in policies["a"].calls}
+    assert systems["plain"] == {"role": "system", "content": "Ours."}
+    assert systems["Hi"] == {"role": "system", "content": "Mine."}
+    rows = list(read_rows(tmp_path / "candidates", Candidates))
+    plain = next(row for row in rows if row.prompt == "plain")
+    assert (plain.gold, plain.meta) == ("G", {"k": 1})
+    assert all(row.prompt in ("plain", own) for row in rows), "the system message is not the prompt"
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"prompt": "x"', "not JSON"),
+        ("[]", 'has no "prompt"'),
+        ('{"text": "x"}', 'has no "prompt"'),
+        ('{"prompt": "  "}', "empty"),
+        ('{"prompt": [{"role": "user", "content": ""}]}', "empty"),
+        ('{"prompt": 7}', "not a prompt row"),
+        ('{"prompt": "x", "prompt_id": "p0"}', r"'p0' occurs twice \(first in line 1\)"),
+        ('{"prompt": "x", "promt_id": "p9"}', "unknown field 'promt_id'; did you mean 'prompt_id'"),
+    ],
+)
+def test_bad_prompts_name_file_and_line(
+    tmp_path: Path, policies: dict[str, ScriptedPolicy], line: str, reason: str
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt_id": "p0", "prompt": "fine"}) + "\n\n" + line + "\n")
+    with pytest.raises(InputError, match=reason) as caught:
+        sampling.run(options(tmp_path))
+    assert f"{path}:3:" in str(caught.value)
+    assert not (tmp_path / "candidates").exists(), "half-written"
+
+
+def test_missing_file_and_senseless_options(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file"):
+        sampling.run(options(tmp_path, prompts=tmp_path / "none.jsonl"))
+    for settings in ({"completions": 0}, {"temperatures": ()}, {"top_p": 0.0}, {"max_tokens": 0}):
+        with pytest.raises(RecipeError):
+            options(tmp_path, **settings)
+
+
+def test_shipped_sets_are_known_by_name(root: Path) -> None:
+    assert (
+        sampling.prompt_source(Path("booking-train")) == root / "prompts/sets/booking-train.jsonl"
+    )
+    assert sampling.prompt_source(Path("mine.jsonl")) == Path("mine.jsonl")
