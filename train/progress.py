@@ -176,8 +176,8 @@ class LossCurve(TrainerCallback):
         self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Log at every checkpoint, so that a resumed run has the same windows."""
-        if control.should_save:
+        """Log at every checkpoint, so that a resumed run has the same windows, and at the end."""
+        if control.should_save or state.global_step >= state.max_steps:
             control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
