@@ -194,7 +194,10 @@ class FaultProxy:
         key = path.encode() + b"\0" + body
         if key not in self._remembered:
             url = self.upstream.removesuffix("/v1") + path
-            async with self._client.request(method, url, data=body or None) as response:
+            headers = {"Content-Type": "application/json"}
+            async with self._client.request(
+                method, url, data=body or None, headers=headers
+            ) as response:
                 self._remembered[key] = (response.status, await response.read())
         return self._remembered[key]
 

@@ -8,6 +8,7 @@ schema is followed.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -104,6 +105,7 @@ class _Prober:
     async def ask(self, call: JudgeCall) -> JudgeReading:
         """Send one call, adapting the dialect to what the endpoint refuses."""
         failure: RequestFailed | None = None
+        waits = 0
         for _ in range(_TRIES + len(dataclasses.fields(Dialect)) + len(_FEWER)):
             ids = self.bodies.token_ids(call.choices)
             try:
@@ -111,10 +113,13 @@ class _Prober:
             except RequestFailed as error:
                 if error.kind == "invalid" and call.choices is None:
                     return JudgeReading("", None, None, _NO_USAGE)  # it answers; that is enough
-                if failure is not None and error.transient and str(error) == str(failure):
-                    break
                 failure = error
-                if error.kind == "refused" and not self._adapt(str(error)):
+                if error.transient:
+                    waits += 1
+                    if waits >= _TRIES:
+                        break
+                    await asyncio.sleep(min(error.retry_after or 0.1 * 4**waits, 30.0))
+                elif not self._adapt(str(error)):
                     break
         assert failure is not None
         raise await self._explain(failure)

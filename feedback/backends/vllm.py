@@ -21,12 +21,14 @@ from feedback.config import EngineOptions
 from feedback.errors import BackendError
 from feedback.records import JudgeIdentity, Usage
 
-__all__ = ["VllmBackend", "open_engine"]
+__all__ = ["VllmBackend", "engine_settings", "open_engine"]
 
 _BLOCK = 64
 """Calls tokenised together: enough for the tokenizer to work on all cores."""
 _TOP_LOGPROBS = 20
 """Alternatives asked for where the engine cannot be asked for certain tokens."""
+_TEMPLATE_ARGUMENTS = "chat_template_kwargs"
+"""The one key of ``extra`` that is for the chat template instead of the engine."""
 Call = TypeVar("Call", JudgeCall, SampleCall)
 Reply = TypeVar("Reply", JudgeReply, SampleReply)
 
@@ -292,7 +294,7 @@ def _failed_sample(call: SampleCall, problem: str) -> SampleReply:
 def open_engine(options: EngineOptions, path: str) -> VllmBackend:
     """Start vLLM on the model at ``path`` (a folder or a Hub name).
 
-    ``options.extra`` goes to ``vllm.LLM``, but for ``chat_template_kwargs``, the chat template's.
+    ``options.extra`` goes to ``vllm.LLM``, but for ``chat_template_kwargs``.
 
     Raises:
         BackendError: the model cannot be loaded or does not fit.
@@ -302,8 +304,30 @@ def open_engine(options: EngineOptions, path: str) -> VllmBackend:
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 
-    extra = dict(options.extra)
-    template_arguments = extra.pop("chat_template_kwargs", {})
+    settings = engine_settings(options)
+    adapter = None if options.lora is None else LoRARequest("judge", 1, options.lora)
+    try:
+        engine: Any = LLM(model=path, **settings)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise BackendError(f"vLLM cannot load {options.model!r}: {first}") from error
+    revision = local_revision(path) or options.revision
+    return VllmBackend(
+        engine,
+        ChatTokenizer(
+            engine.get_tokenizer(), template_arguments=options.extra.get(_TEMPLATE_ARGUMENTS)
+        ),
+        identity=JudgeIdentity(model=options.model, revision=revision),
+        adapter=adapter,
+    )
+
+
+def engine_settings(options: EngineOptions) -> dict[str, Any]:
+    """Return the arguments of ``vllm.LLM`` besides the model; those in ``extra`` win.
+
+    Raises:
+        BackendError: the folder of the adapter holds none.
+    """
     settings: dict[str, Any] = {
         "dtype": options.dtype,
         "tensor_parallel_size": options.tensor_parallel,
@@ -316,22 +340,11 @@ def open_engine(options: EngineOptions, path: str) -> VllmBackend:
         "max_logprobs": _TOP_LOGPROBS,
         "disable_log_stats": True,
     }
-    adapter = None
     if options.lora is not None:
         settings |= {"enable_lora": True, "max_lora_rank": _lora_rank(options.lora)}
-        adapter = LoRARequest("judge", 1, options.lora)
-    try:
-        engine: Any = LLM(model=path, **{**settings, **extra})
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise BackendError(f"vLLM cannot load {options.model!r}: {first}") from error
-    revision = local_revision(path) or options.revision
-    return VllmBackend(
-        engine,
-        ChatTokenizer(engine.get_tokenizer(), template_arguments=template_arguments),
-        identity=JudgeIdentity(model=options.model, revision=revision),
-        adapter=adapter,
-    )
+    settings |= options.extra
+    settings.pop(_TEMPLATE_ARGUMENTS, None)
+    return settings
 
 
 def _lora_rank(folder: str) -> int:
