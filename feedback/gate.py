@@ -312,10 +312,10 @@ def _card_of(source: Path, candidates: Path | str | None, gold: Path | str | Non
 def _refusal(source: Path | str, rows: Sequence[GateRow]) -> str:
     arms = sorted({row.arm for row in rows if row.arm})
     lines = "; ".join(str(row) for row in rows)
-    names = " ".join(f"--accept-bias {name}" for name in dict.fromkeys(row.name for row in rows))
+    names = " ".join(dict.fromkeys(row.name for row in rows))
     return (
         f"{source}: the judge ({', '.join(arms)}) fails its report card: {lines}. "
-        f"Change the judge or its template, or go on knowingly with {names}"
+        f"Change the judge or its template, or go on knowingly with --accept-bias {names}"
     )
 
 

@@ -8,16 +8,17 @@ out is counted in the manifest.
 from __future__ import annotations
 
 import contextlib
-import importlib
-import importlib.util
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from feedback.calibration import apply, load_calibrations
 from feedback.comparing import prompt_comparisons
 from feedback.config import recipe_of
 from feedback.errors import InputError, ShardError
+from feedback.gate import check_gate
 from feedback.inputs import checked_candidates
 from feedback.ordering import Orders
 from feedback.pairing import PairOptions
@@ -28,6 +29,7 @@ from feedback.records import Candidates, Comparison
 from feedback.shards import (
     MANIFEST,
     ShardWriter,
+    file_sha256,
     manifest_sha256,
     read_manifest,
     shard_paths,
@@ -49,7 +51,7 @@ def pair(options: PairOptions) -> None:
         raise ShardError(f"holds {manifest['kind']}, not verdicts", path=options.verdicts)
     gate = _check_gate(options)
     prompts, rules = _survey(options)
-    calibrate = _calibration(options)
+    calibrate = _calibration(options, manifest)
     source = {
         "judge": manifest.get("judge", {}).get("model"),
         "template_sha256": manifest.get("template", {}).get("sha256"),
@@ -152,19 +154,36 @@ def _check_known(row: Candidates, found: Sequence[Comparison], options: PairOpti
 Calibrate = Callable[[Sequence[Comparison]], Mapping[tuple[str, str], float]]
 
 
-def _calibration(options: PairOptions) -> Calibrate:
+def _calibration(options: PairOptions, manifest: Mapping[str, Any]) -> Calibrate:
+    """Return what maps comparisons to calibrated probabilities, by (a, b)."""
     if options.calibration is None:
         return lambda _: {}
-    model = importlib.import_module("feedback.calibration").load(options.calibration)
-    return lambda rows: {(row.a, row.b): model.apply(row.p) for row in rows if row.p is not None}
+    if manifest.get("combine") is not None:
+        raise InputError(
+            "a calibration is of one judge, and these verdicts are of several; pair without it",
+            path=options.verdicts,
+        )
+    maps = load_calibrations(options.calibration)
+    key = (manifest["judge"]["model"], manifest["template"]["sha256"])
+    if key not in maps:
+        known = ", ".join(f"{model} with template {sha[:12]}" for model, sha in maps)
+        raise InputError(
+            f"holds no map for {key[0]} with template {key[1][:12]} (it holds: {known}); "
+            "calibrate this judge with this template",
+            path=options.calibration,
+        )
+
+    def calibrate(rows: Sequence[Comparison]) -> dict[tuple[str, str], float]:
+        known = [row for row in rows if row.p is not None]
+        stated = [[math.nan if p is None else p for p in row.p_orders] for row in known]
+        values = apply(maps[key], stated) if known else ()
+        return {(row.a, row.b): float(p) for row, p in zip(known, values, strict=True)}
+
+    return calibrate
 
 
 def _check_gate(options: PairOptions) -> dict[str, Any]:
     """Return the gate's record for the manifests."""
-    if importlib.util.find_spec("feedback.report") is None:
-        return {"status": "passed", "accepted": list(options.accept_bias)}
-    from feedback.gate import check_gate
-
     result = check_gate(options.verdicts, accept=options.accept_bias, candidates=options.candidates)
     return result.manifest()
 
@@ -179,6 +198,7 @@ def _manifest(
         "orders": manifest.get("orders"),
         "verdicts_manifest_sha256": source["manifest_sha256"],
         "comparisons": dict(counts),
+        "calibration_sha256": options.calibration and file_sha256(options.calibration),
         "recipe": recipe_of(options),
     }
 
