@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from markupsafe import Markup
 
-from feedback.card import ArmCard, ReportCard
+from feedback.card import ArmCard, ReportCard, read_card
 from feedback.figures import CardSection, CardTable, Figure
 from feedback.gate import GateResult
 from feedback.intervals import Estimate
@@ -18,6 +20,7 @@ from feedback.page.components import (
     FigureRow,
     Section,
     figure_table,
+    fold,
     headline,
     note,
     plot,
@@ -25,11 +28,18 @@ from feedback.page.components import (
     table,
 )
 from feedback.page.plots import histogram_plot, interval_plot, reliability_plot
-from feedback.page.run_report import conversation
 from feedback.page.shell import render_page
+from feedback.page.text import conversation
 from feedback.records import Verdict
 
-__all__ = ["card_page", "figure_row", "pair_views", "section_blocks"]
+__all__ = [
+    "browser_section",
+    "card_page",
+    "card_sections",
+    "figure_row",
+    "pair_views",
+    "section_blocks",
+]
 
 _HEADLINE = (
     "agreement.accuracy",
@@ -67,7 +77,7 @@ def card_page(
             sections.append(_overview(arm, states, prefix))
         sections += _arm_sections(arm, pairs, states, prefix)
     sections += [_section(section, "", states, "across-") for section in card.across]
-    sections.append(_browser(arms, material, browse_rows))
+    sections.append(browser_section(arms, material, browse_rows))
     judges = ", ".join(dict.fromkeys(str(arm.judge["model"]) for arm in card.arms))
     return render_page(
         title=f"Report card: {judges}",
@@ -78,6 +88,48 @@ def card_page(
         sections=sections,
         footer=f"Computed {card.created} from {', '.join(card.source.get('verdicts', []))}.",
     )
+
+
+def card_sections(path: Path) -> list[Section]:
+    """Return a written card as a part of another page: headline, gate, and figures in short.
+
+    Raises:
+        InputError: the file is not a report card.
+    """
+    card = read_card(path)
+    gate = json.loads(path.read_text(encoding="utf-8")).get("gate") or {}
+    failed = {(row["arm"], row["name"]) for row in gate.get("failed", [])}
+    accepted = set(gate.get("accepted", []))
+    states = {
+        key: "accepted" if accepted & {key[1], key[1].split(".")[0]} else "fail" for key in failed
+    }
+    words = {
+        "passed": "The judge passes its gate: no threshold is clearly broken.",
+        "accepted": "The judge fails thresholds that were accepted by name.",
+        "refused": "The judge fails its gate.",
+    }
+    kinds = {"passed": "good", "refused": "bad"}
+    sections = []
+    for number, arm in enumerate(card.arms):
+        overview = _overview(arm, states, "")
+        status = str(gate.get("status", ""))
+        blocks = [*overview.blocks]
+        if status in words:
+            blocks.append(note(words[status], kind=kinds.get(status, "warning")))
+        for section in arm.sections:
+            if section.figures:
+                rows = [figure_row(figure, arm.name, states) for figure in section.figures]
+                blocks.append(fold(section.title, figure_table(rows)))
+        name = "judge" if not number else f"judge-{number + 1}"
+        sections.append(
+            Section(
+                name,
+                f"The judge: {arm.judge['model']}",
+                "How far its verdicts can be trusted; report-card/report.html has the whole card.",
+                blocks,
+            )
+        )
+    return sections
 
 
 def _facts(card: ReportCard, gate: GateResult) -> list[tuple[str, str]]:
@@ -274,7 +326,8 @@ def _look_first(arm: ArmCard, prefix: str) -> Section:
 # --- the browsable table ---------------------------------------------------------------------
 
 
-def _browser(arms: Sequence[Pairs], material: Material, limit: int) -> Section:
+def browser_section(arms: Sequence[Pairs], material: Material, limit: int) -> Section:
+    """Return the browsable table of every arm's pairs, at most ``limit``, drawn at random."""
     views = [
         view for number, pairs in enumerate(arms) for view in pair_views(pairs, material, number)
     ]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from feedback.observations import Material, Pairs
-from feedback.page.run_report import conversation
+from feedback.page.text import conversation
 
 __all__ = ["comparator_json"]
 

@@ -23,6 +23,7 @@ __all__ = [
     "Section",
     "environment",
     "figure_table",
+    "fold",
     "headline",
     "note",
     "number",
@@ -95,14 +96,14 @@ class Cell:
 
 
 def number(value: float | None, *, percent: bool = False, digits: int | None = None) -> str:
-    """Return a number as pages print it: percentages with one decimal, else three digits."""
+    """Return a number as pages print it: percentages with one decimal, else about four digits."""
     if value is None:
         return "\u2013"
     if percent:
         return f"{100 * value:.{1 if digits is None else digits}f}%"
-    if digits is None and float(value).is_integer() and abs(value) >= 1:
-        return f"{int(value):,}"
-    return f"{value:,.{3 if digits is None else digits}f}".replace("-", "\u2212")
+    if digits is None:
+        digits = 3 if abs(value) < 10 else 2 if abs(value) < 100 else 1
+    return f"{value:,.{digits}f}".replace("-", "\u2212")
 
 
 def headline(figures: Iterable[FigureRow]) -> Markup:
@@ -191,6 +192,11 @@ def paragraph(text: str) -> Markup:
 def note(text: str, *, kind: str = "note") -> Markup:
     """Return a set-off remark; ``kind`` is note, warning or good."""
     return _render("note", text=text, kind=kind)
+
+
+def fold(title: str, body: Markup) -> Markup:
+    """Return a block that opens on a click; it is open in print."""
+    return _render("fold", title=title, body=body)
 
 
 def plot(svg: Markup, *, caption: str, meaning: str = "") -> Markup:

@@ -1,7 +1,7 @@
 """Training curves as trainers leave them behind: one JSON object a line, or a Trainer's state.
 
-Reads ``metrics.jsonl`` (``{"step": 10, "loss": ..., ...}``), or ``log_history`` of the newest
-``trainer_state.json`` under the folder.
+Reads ``loss.jsonl`` or ``metrics.jsonl`` (``{"step": 10, "loss": ..., ...}``), or the
+``log_history`` of the newest ``trainer_state.json`` under the folder.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
-    metrics = folder / "metrics.jsonl"
-    if metrics.is_file():
+    logs = [folder / name for name in ("loss.jsonl", "metrics.jsonl")]
+    for metrics in (path for path in logs if path.is_file()):
         rows = []
         for number, line in enumerate(metrics.read_text(encoding="utf-8").splitlines(), start=1):
             if line.strip():

@@ -13,7 +13,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-__all__ = ["cut", "embed_json", "visible"]
+from feedback.records import PromptText, prompt_messages
+
+__all__ = ["conversation", "cut", "embed_json", "visible"]
 
 # C0 and C1 controls but tab and line feed; direction marks, embeddings, overrides and isolates;
 # invisible operators and the byte-order mark; lone surrogates; the tag characters, in which a whole
@@ -46,3 +48,12 @@ def embed_json(value: Any) -> Markup:
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return Markup(text)
+
+
+def conversation(prompt: PromptText) -> str:
+    """Return messages as a reader sees them; plain text and a single turn without a role."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return prompt[0]["content"]
+    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt_messages(prompt))
