@@ -18,9 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 from feedback.config import recipe_of
 from feedback.errors import InputError, RecipeError, nearest
@@ -64,9 +62,9 @@ FORMATS: dict[str, str] = {
 class ImportOptions:
     """Judgments made elsewhere -> candidates, verdicts and gold pairs."""
 
-    source: Annotated[Path, tyro.conf.Positional]
+    source: Path
     """File (JSON, JSONL, either may be gzipped) or folder of the format."""
-    format: str
+    format: str = "pairs"
     """pairs, alpaca_eval, llmbar, reward_bench, mt_bench, arena_hard ..."""
     out: Path
     """Folder that gets candidates/, verdicts/ and gold/."""

@@ -11,9 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from feedback.config import EngineOptions
 from feedback.gate import GateThresholds
@@ -25,7 +22,7 @@ __all__ = ["ReportOptions", "run"]
 class ReportOptions:
     """Verdicts -> the judge's report card, in numbers and as a page."""
 
-    verdicts: Annotated[Path, tyro.conf.Positional]
+    verdicts: Path
     """Verdict folder, or a JSONL file of verdicts."""
     also: tuple[Path, ...] = ()
     """More verdict folders on the same candidates: other judges, other templates."""

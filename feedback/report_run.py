@@ -163,11 +163,11 @@ def print_card(card: ReportCard, gate: GateResult) -> None:
             continue
         table = Table(box=None, pad_edge=False, title_justify="left")
         table.title = (
-            "[bold]Across judges[/bold]" if arm is None else f"[bold]{escape(arm.name)}[/bold]"
+            "[bold]Further measurements[/bold]" if arm is None else f"[bold]{escape(arm.name)}[/bold]"
         )
         for column in ("", "value", "95% interval", "n"):
-            table.add_column(column, justify="left" if not column else "right", no_wrap=True)
-        table.add_column("gate")
+            table.add_column(column, justify="right" if column else "left", no_wrap=bool(column))
+        table.add_column("gate", no_wrap=True)
         for section in sections:
             figures = [figure for figure in section.figures if figure.estimate.value is not None]
             if figures:

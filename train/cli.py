@@ -61,7 +61,7 @@ def parse_options(kind: type[Any], name: str, words: list[str]) -> Any:
     """
     import tyro
 
-    recipe, words = _take_recipe(words)
+    recipe, words = _take_recipe(_name_first(kind, words))
     table = {} if recipe is None else recipe_table(recipe, name)
     if name == "run" and recipe is not None:
         table = {**table, "recipe": recipe}
@@ -111,6 +111,14 @@ def _with_missing(kind: type[Any], table: dict[str, Any], recipe: str | None) ->
 
     values = option_values(kind, table, path=recipe)
     return kind(**{name: tyro.MISSING for name in required_fields(kind)} | values)
+
+
+def _name_first(kind: type[Any], words: list[str]) -> list[str]:
+    """Let the first option go without its name: ``report runs/x/verdicts``."""
+    if not words or words[0].startswith("-"):
+        return words
+    first = dataclasses.fields(kind)[0].name.replace("_", "-")
+    return [f"--{first}", *words]
 
 
 def _take_recipe(words: list[str]) -> tuple[str | None, list[str]]:

@@ -41,6 +41,11 @@ COMMANDS: dict[str, Command] = {
         "feedback.report:run",
         "verdicts -> the judge's report card, in numbers and as a page",
     ),
+    "import": Command(
+        "feedback.importing:ImportOptions",
+        "feedback.importing:run",
+        "judgments made elsewhere -> candidates, verdicts and gold pairs",
+    ),
     "sft": Command(
         "train.config:SftOptions",
         "train.sft:run",
