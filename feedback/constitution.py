@@ -91,7 +91,10 @@ def load_constitution(name: str) -> Constitution:
     for key in table:
         if key not in _TOP_KEYS:
             raise TemplateError(f"unknown field {key!r}{nearest(key, _TOP_KEYS)}", path=path)
-    principles = tuple(_principle(entry, path) for entry in table.get("principles", []))
+    entries = table.get("principles", [])
+    if not isinstance(entries, list):
+        raise TemplateError("'principles' must be tables: write [[principles]]", path=path)
+    principles = tuple(_principle(entry, path) for entry in entries)
     if not principles:
         raise TemplateError("it has no [[principles]]", path=path)
     ids = [principle.id for principle in principles]

@@ -77,7 +77,10 @@ def parse_rubric(source: str, *, path: Path) -> Rubric:
     for key in table:
         if key != "criteria":
             raise TemplateError(f"unknown key {key!r} in the header; 'criteria'?", path=path)
-    criteria = tuple(_criterion(entry, path) for entry in table.get("criteria", []))
+    entries = table.get("criteria", [])
+    if not isinstance(entries, list):
+        raise TemplateError("'criteria' must be tables: write [[criteria]]", path=path)
+    criteria = tuple(_criterion(entry, path) for entry in entries)
     names = [criterion.name for criterion in criteria]
     if len(set(names)) < len(names):
         raise TemplateError("a criterion stands there twice", path=path)

@@ -38,19 +38,41 @@ Kind = Literal["pairwise", "listwise", "rating"]
 Mode = Literal["label", "rationale", "structured"]
 
 _PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
-# Role markers and control tokens of the chat formats in use. Inside data each loses its first
-# character to a look-alike, so that no tokenizer maps it to a control token.
+# Zero-width joiners stay in the text (scripts and emoji need them), so patterns look through them.
+_JOINERS = "[\u200c\u200d]*"
+# Control tokens of the chat formats in use. Inside data each loses its first character to a
+# look-alike, so that no tokenizer maps it to a control token.
 _CONTROL = re.compile(
-    r"<\|[^|<>\n]{1,40}\|>"  # ChatML, Llama 3, Phi, this project's own
+    r"<\|[^|<>\n]{1,40}\|>"  # ChatML, Llama 3 and 4, Phi, Command R, Granite, this project's own
     r"|<｜[^｜<>\n]{1,40}｜>"  # DeepSeek
-    r"|</?s>|<(?:bos|eos|pad|unk|mask)>|\[/?INST\]|\[/?SYSTEM_PROMPT\]|<</?SYS>>"
-    r"|</?(?:start|end)_of_turn>|<\|?im_(?:start|end)\|?>|</?think>",
+    r"|</?s>|<(?:bos|eos|pad|unk|mask|sop|eop)>|<[BE]OS_TOKEN>"
+    r"|(?-i:\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_(?:CALLS|RESULTS|CONTENT)|IMG(?:_BREAK|_END)?"
+    r"|ARGS|CALL_ID|THINK|PREFIX|SUFFIX|MIDDLE|[gs]?MASK|CLS|SEP|PAD|UNK|BOS|EOS)\])"
+    r"|<</?SYS>>|</?(?:start|end)_of_turn>|<\|?im_(?:start|end)\|?>"
+    r"|</?(?:think|tool_call|tool_response|tools)>"
+    r"|<(?:repo_?name|file_sep|filename|gh_stars|issue_(?:start|comment|closed)"
+    r"|jupyter_(?:start|text|code|output|script)|empty_output)>",  # SmolLM, StarCoder
     re.IGNORECASE,
 )
+_FENCE_WORDS = ("conversation", "reply", "replies", "reference", "principle", "criteria")
 _FENCE = re.compile(
-    r"<(?=\s*/?\s*(?:conversation|repl(?:y|ies)|reference|principle|criteria))", re.IGNORECASE
+    r"[<＜﹤](?=[\s\u200c\u200d]*[/／]?[\s\u200c\u200d]*(?:"
+    + "|".join(_JOINERS.join(word) for word in _FENCE_WORDS)
+    + "))",
+    re.IGNORECASE,
 )
-_LOOKALIKE = {"<": "\u2039", "[": "\u27e6"}
+_LOOKALIKE = {"<": "\u2039", "＜": "\u2039", "﹤": "\u2039", "[": "\u27e6"}
+# What no reader sees: control characters (terminal escapes among them), bidirectional overrides,
+# zero-width characters other than joiners, tag characters.
+_INVISIBLE = (
+    "\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e"
+    "\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f"
+)
+_DROPPED = re.compile(f"[{_INVISIBLE}]+")
+_LINE_ENDS = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
+_LONG_BLANK = re.compile(r"(\s{100})\s{100,}")
+_SUSPECT = re.compile(f"[<＜﹤\\[\r\x0b\x0c\x85\u2028\u2029{_INVISIBLE}]")
+_LONG_TEXT = 2000  # blank space in shorter texts pushes nothing out of sight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,12 +180,27 @@ def _check(template: Template, path: Path) -> None:
 
 
 def neutralise(text: str) -> str:
-    """Defuse what could end a fence or act as a control token inside ``text``.
+    """Defuse what could end a fence, act as a control token or hide from a reader inside ``text``.
 
-    The first character of each such marker becomes a look-alike; all other text is unchanged.
+    The first character of each fence tag and control token becomes a look-alike; invisible
+    characters go, line ends become line feeds, and endless blank space is cut short. All other text
+    is unchanged.
     """
+    if _is_plain(text):
+        return text
+    text = _DROPPED.sub("", _LINE_ENDS.sub("\n", text))
     text = _CONTROL.sub(lambda found: _LOOKALIKE[found[0][0]] + found[0][1:], text)
-    return _FENCE.sub(_LOOKALIKE["<"], text)
+    text = _FENCE.sub(lambda found: _LOOKALIKE[found[0]], text)
+    return _LONG_BLANK.sub(r"\1", text) if len(text) >= _LONG_TEXT else text
+
+
+def _is_plain(text: str) -> bool:
+    """Return whether nothing in ``text`` needs defusing: most texts, told by a glance at each."""
+    if "<" in text or "[" in text or len(text) >= _LONG_TEXT:
+        return False
+    if text.isascii():
+        return text.replace("\n", "").replace("\t", "").isprintable()
+    return _SUSPECT.search(text) is None
 
 
 def render_prompt(prompt: PromptText) -> str:
@@ -171,7 +208,7 @@ def render_prompt(prompt: PromptText) -> str:
     if isinstance(prompt, str):
         return "User: " + neutralise(prompt)
     return "\n".join(
-        f"{turn['role'].capitalize()}: {neutralise(turn['content'])}" for turn in prompt
+        f"{neutralise(turn['role']).capitalize()}: {neutralise(turn['content'])}" for turn in prompt
     )
 
 
