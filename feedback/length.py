@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from feedback.records import Message, PromptText
+from feedback.templates import neutralise
 
 __all__ = ["CUT_MARK", "Fitted", "LengthBudget", "TextTokenizer", "fair_lengths"]
 
@@ -70,6 +71,9 @@ class LengthBudget:
         over = len(self.tokenizer.ids(messages)) - self.max_tokens
         if over <= 0:
             return Fitted(messages)
+        # Counted and cut as they are sent: a control token is one token, defused it is several.
+        prompt = _defused(prompt)
+        completions = [neutralise(text) for text in completions]
         counts = [self.tokenizer.count(text) for text in completions]
         room, least = sum(counts), min(sum(counts), self.max_tokens // 2)
         prompt_room = prompt_count = self._prompt_tokens(prompt)
@@ -117,6 +121,12 @@ class LengthBudget:
             kept.append(turn)
             tokens -= count
         return kept[::-1]
+
+
+def _defused(prompt: PromptText) -> PromptText:
+    if isinstance(prompt, str):
+        return neutralise(prompt)
+    return [Message(role=turn["role"], content=neutralise(turn["content"])) for turn in prompt]
 
 
 def fair_lengths(counts: Sequence[int], room: int) -> list[int]:
