@@ -15,22 +15,7 @@ from feedback.records import JudgeIdentity
 from feedback.templates import load_template, render
 
 TEMPLATE = load_template("pairwise")
-WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "we", "watch"]
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "a",
-    "lazy",
-    "dog",
-    "while",
-    "seven",
-    "wizards",
-    "watch",
-    "quietly",
-]
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "we"]
 
 
 def words(count: int, start: int = 0) -> str:
