@@ -33,12 +33,16 @@ class _Head(msgspec.Struct):
 class ReplayBackend:
     """The verdicts of one folder as a judge; its identity is that of the recorded judge.
 
+    Args:
+        folder: of the verdicts.
+        model: whose verdicts, where the folder holds those of several judges.
+
     Raises:
         ShardError: the folder holds no verdicts, or those of several judges.
         InputError: a row is damaged.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *, model: str = ""):
         self.folder = folder
         self._paths = shard_paths(folder, "verdicts")
         if (folder / FAILED).is_file():
@@ -50,11 +54,17 @@ class ReplayBackend:
             " WITHOUT ROWID"
         )
         judges = {judge for number in range(len(self._paths)) for judge in self._scan(number)}
-        if not judges:
-            raise ShardError("holds no verdicts to replay", path=folder)
         if len(judges) > 1:
+            judges = {judge for judge in judges if judge.model == model} or judges
+        if len(judges) != 1:
+            self._database.close()
             names = ", ".join(sorted(judge.model for judge in judges))
-            raise ShardError(f"holds verdicts of several judges: {names}", path=folder)
+            raise ShardError(
+                f"holds verdicts of several judges ({names}); name one as the model"
+                if judges
+                else "holds no verdicts to replay",
+                path=folder,
+            )
         self.identity = judges.pop()
 
     def _scan(self, number: int) -> set[JudgeIdentity]:
@@ -155,4 +165,4 @@ def open_engine(options: EngineOptions, path: str) -> ReplayBackend:
     folder = Path(options.replay_from)
     if not folder.is_dir():
         raise InputError("no such folder", path=folder)
-    return ReplayBackend(folder)
+    return ReplayBackend(folder, model=options.model)
