@@ -12,11 +12,13 @@ module loads nothing heavy.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from feedback.config import build_options
 from feedback.errors import GateRefused, RecipeError, nearest
 from feedback.shards import MANIFEST, manifest_sha256, read_manifest
 
@@ -37,7 +39,7 @@ State = Literal["ok", "unclear", "fail"]
 
 @dataclass(frozen=True, kw_only=True)
 class GateThresholds:
-    """What a judge must keep to; None switches a row off. Recipe table: [gate]."""
+    """What a judge must keep to; None switches a row off. Recipe table: [report.thresholds]."""
 
     min_pairs: int | None = 30
     """Pairs with a verdict. Under 30 an interval spans most of the scale and proves nothing."""
@@ -278,7 +280,8 @@ def check_gate(
         source: a verdict folder, or a ``report.json``. For a folder, the card beside it
             (``report-card/report.json``) is used when it is of exactly these verdicts; else one is
             computed, which costs seconds and no call.
-        thresholds: None: the defaults.
+        thresholds: None: those that the card was written with (recipe table
+            ``[report.thresholds]``), else the defaults.
         accept: figures or sections whose failure the user accepts by name.
         candidates: texts, for a card that must be computed; None: the folder beside the verdicts.
         gold: gold pairs, likewise.
@@ -288,25 +291,39 @@ def check_gate(
         InputError: the source is missing or damaged.
         RecipeError: an accepted name is unknown.
     """
-    card = _card_of(Path(source), candidates, gold)
+    path = _card_path(Path(source))
+    if path is None:
+        from feedback.report_run import card_of_folder
+
+        card = card_of_folder(source, candidates=candidates, gold=gold)
+    else:
+        from feedback.card import read_card
+
+        card = read_card(path)
+        thresholds = thresholds or _recorded_thresholds(path)
     result = judge_card(card, thresholds or GateThresholds(), accept=accept)
     if result.refused:
         raise GateRefused(_refusal(source, result.refused))
     return result
 
 
-def _card_of(source: Path, candidates: Path | str | None, gold: Path | str | None) -> ReportCard:
+def _card_path(source: Path) -> Path | None:
+    """Return the card to use: ``source`` itself, or the one beside a folder if it is its own."""
     from feedback.card import read_card
-    from feedback.report_run import card_of_folder
 
     if source.is_file() or source.suffix == ".json":
-        return read_card(source)
+        return source
     beside = source.parent / "report-card" / "report.json"
-    if beside.is_file() and (source / MANIFEST).is_file():
-        card = read_card(beside)
-        if card.source.get("manifest_sha256") == [manifest_sha256(source)]:
-            return card
-    return card_of_folder(source, candidates=candidates, gold=gold)
+    if not beside.is_file() or not (source / MANIFEST).is_file():
+        return None
+    recorded = read_card(beside).source.get("manifest_sha256")
+    return beside if recorded == [manifest_sha256(source)] else None
+
+
+def _recorded_thresholds(path: Path) -> GateThresholds | None:
+    """Return the thresholds that a written card was held against."""
+    recorded = json.loads(path.read_text(encoding="utf-8")).get("gate", {}).get("thresholds")
+    return None if recorded is None else build_options(GateThresholds, recorded, path=path)
 
 
 def _refusal(source: Path | str, rows: Sequence[GateRow]) -> str:
