@@ -282,7 +282,9 @@ def flawed_reply(booking: Booking, flaw: str, rng: random.Random) -> str | None:
         # A bare question could belong to this request, too; so the other request is always named.
         other_ask = _questions(other, list(other.missing[:1]), rng)
         return (
-            _confirm(other, other.given, other_ask, rng) if other.service.name != booking.service.name else None
+            _confirm(other, other.given, other_ask, rng)
+            if other.service.name != booking.service.name
+            else None
         )
     raise ValueError(f"no booking flaw named {flaw!r}")
 

@@ -119,14 +119,20 @@ def build_model_folder(name: str, plan: Plan, options: argparse.Namespace, log: 
     text = tokenise(policy_rows(source, bookings=plan.policy_bookings, seed=plan.seed), tokenizer)
 
     model = build_model(
-        seed=plan.seed, feed_forward=plan.feed_forward, device=device, layers=options.layers, width=options.width,
+        seed=plan.seed,
+        feed_forward=plan.feed_forward,
+        device=device,
+        layers=options.layers,
+        width=options.width,
         vocabulary=tokenizer.get_vocab_size(),
     )
     log(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(dialogues)} dialogues")
     shape = {"line_length": options.line_length, "lines": options.lines}
     # On a rented machine: half of what is left after starting up for the first phase.
     halfway = started + 0.55 * options.deadline if options.deadline else math.inf
-    schedule = Schedule(learning_rate=2e-3, final_share=0.15, seed=plan.seed, deadline=halfway, **shape)
+    schedule = Schedule(
+        learning_rate=2e-3, final_share=0.15, seed=plan.seed, deadline=halfway, **shape
+    )
     warm_up(model, schedule)
     log("first phase: dialogue, and judging with constructed flaws")
     share = plan.first / (plan.first + plan.second)
@@ -144,11 +150,27 @@ def build_model_folder(name: str, plan: Plan, options: argparse.Namespace, log: 
     log("second phase: the same, then with the policy's own replies among the flawed ones")
     share = (plan.third + plan.second / 2) / (plan.third + plan.second + plan.sampled)
     stages = [
-        Stage(lambda: (text, join_rows([rows.collect("third"), rows.collect("second", slice(0, None, 2))])), plan.passes[2], share),
-        Stage(lambda: (text, join_rows([more.collect("sampled"), rows.collect("second", slice(1, None, 2))])), plan.passes[3], 1 - share),
+        Stage(
+            lambda: (
+                text,
+                join_rows([rows.collect("third"), rows.collect("second", slice(0, None, 2))]),
+            ),
+            plan.passes[2],
+            share,
+        ),
+        Stage(
+            lambda: (
+                text,
+                join_rows([more.collect("sampled"), rows.collect("second", slice(1, None, 2))]),
+            ),
+            plan.passes[3],
+            1 - share,
+        ),
     ]
     deadline = started + options.deadline if options.deadline else math.inf
-    schedule = Schedule(learning_rate=1.2e-3, final_share=0.0, seed=plan.seed + 1, deadline=deadline, **shape)
+    schedule = Schedule(
+        learning_rate=1.2e-3, final_share=0.0, seed=plan.seed + 1, deadline=deadline, **shape
+    )
     train(model, stages, schedule, log=log)
 
     save(model, tokenizer, out / name)
@@ -161,7 +183,9 @@ def build_model_folder(name: str, plan: Plan, options: argparse.Namespace, log: 
     figures |= evaluate_judge(*measured, split.held_out, samples, count=options.count)
     for key, value in figures.items():
         log(f"{key:50s} {value:.4f}")
-    (out / f"{name}-figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    (out / f"{name}-figures.json").write_text(
+        json.dumps(figures, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def inference_copy(model: Any, device: str) -> Any:
@@ -245,8 +269,12 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--line-length", type=int, default=4096)
     parser.add_argument("--lines", type=int, default=16)
-    parser.add_argument("--count", type=int, default=2000, help="contests of the evaluation; 0: none")
-    parser.add_argument("--deadline", type=float, default=0.0, help="seconds after which training must be done")
+    parser.add_argument(
+        "--count", type=int, default=2000, help="contests of the evaluation; 0: none"
+    )
+    parser.add_argument(
+        "--deadline", type=float, default=0.0, help="seconds after which training must be done"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -263,10 +291,7 @@ def main() -> None:
             file.flush()
 
         plan = PLANS[options.what]
-        scaled = {
-            key: max(1, int(getattr(plan, key) * options.scale))
-            for key in _SCALED
-        }
+        scaled = {key: max(1, int(getattr(plan, key) * options.scale)) for key in _SCALED}
         log(f"plan {replace(plan, **scaled)}")
         build_model_folder(options.what, replace(plan, **scaled), options, log)
 

@@ -35,7 +35,10 @@ SPECIAL = (PAD, EOS, "<|system|>", "<|user|>", "<|assistant|>")
 LABELS = ("A", "B", "C", "D", "1", "2", "3", "4", "5")
 """Verdict labels that must be one token each, at the beginning of a turn."""
 TAGS = (
-    "<conversation>", "</conversation>", "<reply>", "</reply>",
+    "<conversation>",
+    "</conversation>",
+    "<reply>",
+    "</reply>",
     *(f"<{mark}reply_{name}>" for name in ("a", "b", "1", "2") for mark in ("", "/")),
     *(f'<reply name="{name}">' for name in "ABCD"),
 )

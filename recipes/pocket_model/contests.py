@@ -76,7 +76,12 @@ def dialogue_contest(
 
 
 def booking_contest(
-    material: Material, banned: frozenset[str], rng: random.Random, *, rivals: int = 1, held_out: bool = False
+    material: Material,
+    banned: frozenset[str],
+    rng: random.Random,
+    *,
+    rivals: int = 1,
+    held_out: bool = False,
 ) -> Contest:
     """Write a booking conversation with a sound reply and flawed ones.
 

@@ -65,7 +65,8 @@ def constructed_contests(held_out: list[Dialogue], count: int) -> list[Contest]:
     material = make_material(held_out)
     contests = [dialogue_contest(held_out, material, rng) for _ in range(count // 2)]
     return contests + [
-        booking_contest(material, frozenset(), rng, held_out=True) for _ in range(count - count // 2)
+        booking_contest(material, frozenset(), rng, held_out=True)
+        for _ in range(count - count // 2)
     ]
 
 

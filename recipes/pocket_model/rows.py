@@ -74,14 +74,20 @@ def join_rows(parts: Sequence[Rows]) -> Rows:
 class RowFactory:
     """Makes waves of judge rows in the background, in the order given."""
 
-    def __init__(self, folder: Path, source: Source, tokenizer: Path, waves: Sequence[Wave], *, workers: int) -> None:
+    def __init__(
+        self, folder: Path, source: Source, tokenizer: Path, waves: Sequence[Wave], *, workers: int
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._waves = {wave.name: wave for wave in waves}
         # Forked, so that workers share the dialogues; they never touch a GPU.
         context = multiprocessing.get_context("fork")
         self._workers = [
-            context.Process(target=_work, args=(folder, source, tokenizer, list(waves), number, workers), daemon=True)
+            context.Process(
+                target=_work,
+                args=(folder, source, tokenizer, list(waves), number, workers),
+                daemon=True,
+            )
             for number in range(workers)
         ]
         for worker in self._workers:
@@ -98,20 +104,26 @@ class RowFactory:
             path = self._folder / f"{name}-{part:02d}.npz"
             while not path.exists():
                 if any(worker.exitcode not in (None, 0) for worker in self._workers):
-                    raise RuntimeError(f"a process that makes rows died before wave {name!r} was complete")
+                    raise RuntimeError(
+                        f"a process that makes rows died before wave {name!r} was complete"
+                    )
                 time.sleep(0.05)
             with np.load(path) as loaded:
                 loaded_parts.append(Rows(loaded["ids"], loaded["begins"], loaded["answers"]))
         return join_rows(loaded_parts)
 
 
-def _work(folder: Path, source: Source, tokenizer_path: Path, waves: list[Wave], number: int, workers: int) -> None:
+def _work(
+    folder: Path, source: Source, tokenizer_path: Path, waves: list[Wave], number: int, workers: int
+) -> None:
     # Behind the training process, which compiles its kernels meanwhile.
     os.nice(10)
     tokenizer = Tokenizer.from_file(str(tokenizer_path))
     for wave in waves:
         for part in range(number, _PARTS, workers):
-            made = tokenise(judge_rows(source, -(-wave.rows // _PARTS), wave.seed * 1009 + part), tokenizer)
+            made = tokenise(
+                judge_rows(source, -(-wave.rows // _PARTS), wave.seed * 1009 + part), tokenizer
+            )
             path = folder / f"{wave.name}-{part:02d}.npz"
             temporary = path.with_name(f".{path.name}")
             with temporary.open("wb") as file:

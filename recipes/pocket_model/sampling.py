@@ -25,11 +25,19 @@ class Drawn(NamedTuple):
 
 
 def draw_replies(
-    model: Any, tokenizer: Any, prompts: Sequence[Sequence[Message]], *, batch: int, max_tokens: int = 64, seed: int = 0
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[Message]],
+    *,
+    batch: int,
+    max_tokens: int = 64,
+    seed: int = 0,
 ) -> list[Drawn]:
     """Sample one reply a prompt at temperature 1.0 with nothing cut from the distribution."""
     torch.manual_seed(seed)
-    encoded = tokenizer.encode_batch([chat_text(prompt, add_generation_prompt=True) for prompt in prompts])
+    encoded = tokenizer.encode_batch(
+        [chat_text(prompt, add_generation_prompt=True) for prompt in prompts]
+    )
     order = sorted(range(len(prompts)), key=lambda place: len(encoded[place].ids))
     drawn: list[Drawn] = [Drawn("", False)] * len(prompts)
     for begin in range(0, len(order), batch):
@@ -61,7 +69,12 @@ def _draw(model: Any, prompts: list[list[int]], max_tokens: int) -> list[list[in
     cache = DynamicCache(config=model.config)
     for step in range(max_tokens):
         logits = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
         ).logits[:, -1]
         # The largest of logit + Gumbel noise is a sample of the softmax.
         noise = -torch.empty_like(logits, dtype=torch.float32).exponential_().log()
@@ -74,8 +87,17 @@ def _draw(model: Any, prompts: list[list[int]], max_tokens: int) -> list[list[in
             if not len(kept):
                 break
             cache.batch_select_indices(kept)
-            alive, mask, positions, drawn, done = alive[kept], mask[kept], positions[kept], drawn[kept], done[kept]
+            alive, mask, positions, drawn, done = (
+                alive[kept],
+                mask[kept],
+                positions[kept],
+                drawn[kept],
+                done[kept],
+            )
         ids = drawn[:, None]
         mask = torch.cat([mask, torch.ones_like(ids)], 1)
         positions = positions[:, -1:] + 1
-    return [tokens[: tokens.index(_EOS_ID) + 1] if _EOS_ID in tokens else tokens for tokens in out.tolist()]
+    return [
+        tokens[: tokens.index(_EOS_ID) + 1] if _EOS_ID in tokens else tokens
+        for tokens in out.tolist()
+    ]

@@ -119,15 +119,23 @@ def calibration_error(chance: np.ndarray, right: np.ndarray, *, bins: int = 10) 
 
 def perplexity(model: Any, tokenizer: Any, dialogues: Sequence[Sequence[Message]]) -> float:
     """Return the perplexity per token of whole dialogues in chat format."""
-    encoded = sorted((tokenizer.encode(chat_text(dialogue)).ids[:2048] for dialogue in dialogues), key=len)
+    encoded = sorted(
+        (tokenizer.encode(chat_text(dialogue)).ids[:2048] for dialogue in dialogues), key=len
+    )
     total, count = 0.0, 0
     for begin in range(0, len(encoded), 16):
         batch = encoded[begin : begin + 16]
         width = max(map(len, batch))
-        ids = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in batch], device=model.device)
-        targets = torch.tensor([tokens[1:] + [-100] * (width - len(tokens)) for tokens in batch], device=model.device)
+        ids = torch.tensor(
+            [tokens + [0] * (width - len(tokens)) for tokens in batch], device=model.device
+        )
+        targets = torch.tensor(
+            [tokens[1:] + [-100] * (width - len(tokens)) for tokens in batch], device=model.device
+        )
         with torch.no_grad():
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+        total += torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), reduction="sum"
+        ).item()
         count += int((targets >= 0).sum())
     return float(np.exp(total / count))

@@ -58,9 +58,7 @@ def selection_figures(
     drawn = draw_replies(*assistant, asked, batch=batch, seed=5)
     gold = np.array(
         [
-            gold_score(
-                rows[place // _REPLIES], reply.text, "stop" if reply.ended else "length"
-            ).score
+            gold_score(rows[place // _REPLIES].meta, reply.text, ended=reply.ended)
             for place, reply in enumerate(drawn)
         ]
     ).reshape(-1, _REPLIES)

@@ -56,7 +56,9 @@ class Stage(NamedTuple):
     """Share of the whole run that this stage is, for the learning rate."""
 
 
-def build_model(*, seed: int, feed_forward: int, device: str, layers: int, width: int, vocabulary: int) -> Any:
+def build_model(
+    *, seed: int, feed_forward: int, device: str, layers: int, width: int, vocabulary: int
+) -> Any:
     """Return a freshly initialised Llama of the pocket shape, in float32, with this module's attention."""
     from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
     from transformers.masking_utils import AttentionMaskInterface
@@ -96,7 +98,14 @@ class _Attention:
         self._block = torch.compile(flex_attention, dynamic=False) if device == "cuda" else None
 
     def __call__(
-        self, module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: Any = None, **_: Any
+        self,
+        module: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        attention_mask: Any,
+        scaling: Any = None,
+        **_: Any,
     ) -> Any:
         if self._block is None:
             attend = torch.nn.functional.scaled_dot_product_attention
@@ -137,12 +146,17 @@ class _Batch(NamedTuple):
     """Share of the stage that was used up before this batch."""
 
 
-def _batches(text: Rows, judge: Rows, passes_text: float, schedule: Schedule, rng: np.random.Generator) -> Iterator[_Batch]:
+def _batches(
+    text: Rows, judge: Rows, passes_text: float, schedule: Schedule, rng: np.random.Generator
+) -> Iterator[_Batch]:
     """Pack all rows, shuffled together, into batches of one fixed shape; the last, partly filled one is dropped."""
     order: list[tuple[int, int]] = []
     for number in range(math.ceil(passes_text)):
         share = min(1.0, passes_text - number)
-        order += [(0, row) for row in rng.permutation(len(text.answers))[: round(share * len(text.answers))]]
+        order += [
+            (0, row)
+            for row in rng.permutation(len(text.answers))[: round(share * len(text.answers))]
+        ]
     order += [(1, row) for row in range(len(judge.answers))]
     order = [order[place] for place in rng.permutation(len(order))]
     length, height = schedule.line_length, schedule.lines
@@ -177,7 +191,13 @@ def _batches(text: Rows, judge: Rows, passes_text: float, schedule: Schedule, rn
         questions = np.concatenate(counted[2])
         questions = questions[rng.random(len(questions)) < _QUESTION_SHARE]
         yield _Batch(
-            ids, positions, rows, np.concatenate(counted[0]), np.concatenate(counted[1]), questions, begun / len(order)
+            ids,
+            positions,
+            rows,
+            np.concatenate(counted[0]),
+            np.concatenate(counted[1]),
+            questions,
+            begun / len(order),
         )
 
 
@@ -203,13 +223,17 @@ def _ahead(batches: Iterator[_Batch], depth: int = 4) -> Iterator[_Batch]:
 def _losses(model: Any, batch: _Batch, schedule: Schedule) -> tuple[Any, list[Any]]:
     """Return the weighted loss, and its three parts."""
     device = model.device
-    ids, positions, rows = (torch.from_numpy(part).to(device, non_blocking=True) for part in batch[:3])
+    ids, positions, rows = (
+        torch.from_numpy(part).to(device, non_blocking=True) for part in batch[:3]
+    )
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         hidden = model.model(
             input_ids=ids, position_ids=positions, attention_mask=_row_mask(rows), use_cache=False
         ).last_hidden_state
         parts = [
-            _token_loss(model, hidden, ids, torch.from_numpy(where).to(device)) if len(where) else hidden.sum() * 0.0
+            _token_loss(model, hidden, ids, torch.from_numpy(where).to(device))
+            if len(where)
+            else hidden.sum() * 0.0
             for where in (batch.text, batch.answers, batch.questions)
         ]
     return parts[0] + schedule.answer_weight * parts[1] + schedule.question_weight * parts[2], parts
@@ -226,25 +250,37 @@ def warm_up(model: Any, schedule: Schedule) -> None:
     shape = (schedule.lines, schedule.line_length)
     where = np.arange(1, 200)
     batch = _Batch(
-        np.ones(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.int32), where, where, where, 0.0
+        np.ones(shape, np.int64),
+        np.zeros(shape, np.int64),
+        np.zeros(shape, np.int32),
+        where,
+        where,
+        where,
+        0.0,
     )
     _losses(model, batch, schedule)[0].backward()
     model.zero_grad(set_to_none=True)
 
 
-def train(model: Any, stages: list[Stage], schedule: Schedule, *, log: Callable[[str], None]) -> None:
+def train(
+    model: Any, stages: list[Stage], schedule: Schedule, *, log: Callable[[str], None]
+) -> None:
     """Train ``model`` in place, stage after stage, under one learning-rate curve (warm-up, then cosine)."""
     device = model.device
     decayed = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=schedule.learning_rate, betas=(0.9, 0.95), fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(
+        groups, lr=schedule.learning_rate, betas=(0.9, 0.95), fused=device.type == "cuda"
+    )
     rng = np.random.default_rng(schedule.seed)
     model.train()
     step, before, started = 0, 0.0, time.time()
     for stage in stages:
         text, judge = stage.fetch()
-        log(f"  stage of {len(text.ids):,} dialogue tokens x {stage.passes_text} and {len(judge.ids):,} judge tokens")
+        log(
+            f"  stage of {len(text.ids):,} dialogue tokens x {stage.passes_text} and {len(judge.ids):,} judge tokens"
+        )
         begun, seen = time.time(), 0
         for batch in _ahead(_batches(text, judge, stage.passes_text, schedule, rng)):
             by_time = (time.time() - started) / (schedule.deadline - started)
@@ -255,7 +291,11 @@ def train(model: Any, stages: list[Stage], schedule: Schedule, *, log: Callable[
             decay = 0.5 * (1 + math.cos(math.pi * progress))
             warm = min(1.0, (step + 1) / schedule.warmup)
             for group in optimizer.param_groups:
-                group["lr"] = schedule.learning_rate * warm * (schedule.final_share + (1 - schedule.final_share) * decay)
+                group["lr"] = (
+                    schedule.learning_rate
+                    * warm
+                    * (schedule.final_share + (1 - schedule.final_share) * decay)
+                )
             loss, parts = _losses(model, batch, schedule)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
