@@ -305,7 +305,7 @@ def _columns(
             if told is None:
                 continue
             sign = 1.0 if order == 0 else -1.0
-            winner[row, order] = sign * told.winner
+            winner[row, order] = sign * told.winner + 0.0
             if told.p is not None:
                 p[row, order] = told.p if order == 0 else 1 - told.p
             if told.verdict.mass is not None:
