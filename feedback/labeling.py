@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from feedback.adaptive import BLOCK, PairRounds
@@ -25,15 +24,16 @@ from feedback.budget import estimate_tokens
 from feedback.comparing import member_comparisons
 from feedback.config import recipe_of
 from feedback.constitution import load_constitution
-from feedback.errors import BudgetExceeded, InputError
+from feedback.errors import BudgetExceeded
 from feedback.judge import Judge, Question
 from feedback.judge_options import JudgeOptions
-from feedback.labeling_run import LabelingRun, claim_folder
+from feedback.labeling_run import LabelingRun
 from feedback.labeling_setup import (
     LOCAL_ENGINES,
     Member,
     Work,
     all_questions,
+    candidates_sha256,
     combination_of,
     make_budget,
     make_judge,
@@ -48,7 +48,8 @@ from feedback.panel_report import panel_lines, panel_report
 from feedback.progress import ProgressBar, say
 from feedback.questions import QuestionPlan, expected_questions, questions_about
 from feedback.records import Candidates
-from feedback.shards import MANIFEST, file_sha256, manifest_sha256, read_rows
+from feedback.run_folder import claim_folder, make_way
+from feedback.shards import read_rows
 from feedback.templates import describe, load_criteria, load_template, render
 from feedback.verdict_index import VerdictIndex
 
@@ -169,11 +170,13 @@ def _label(options: JudgeOptions, passes: Sequence[_Pass], work: Work) -> None:
                 if cache is not None:
                     turn.callback(cache.close)
                 if run is None:
+                    record = _run_record(options, passes, judge)
+                    make_way(options.out, record, options.on_change)
                     run = LabelingRun(
                         judge, backend, folder=options.out, budget=budget, cache=cache
                     )
                     closing.callback(run.close)
-                    claim_folder(options.out, _run_record(options, passes, judge))
+                    claim_folder(options.out, record)
                     closing.enter_context(bar)
                 else:
                     budget.price = price_of(member.options)
@@ -209,16 +212,6 @@ def _finish(
     _say_outcome(run, work)
 
 
-def _candidates_sha256(candidates: Path) -> str:
-    if candidates.is_file():
-        return file_sha256(candidates)
-    if (candidates / MANIFEST).is_file():
-        return manifest_sha256(candidates)
-    raise InputError(
-        "no manifest.json: sampling has not finished; run rlaif sample again", path=candidates
-    )
-
-
 def _run_record(options: JudgeOptions, passes: Sequence[_Pass], judge: Judge) -> dict[str, Any]:
     """Return what the verdicts of a folder depend on."""
     combination = combination_of(options)
@@ -226,7 +219,7 @@ def _run_record(options: JudgeOptions, passes: Sequence[_Pass], judge: Judge) ->
         "judge": dataclasses.asdict(judge.identity),
         "template": describe(judge.template),
         "rubric": judge.rubric,
-        "candidates_sha256": _candidates_sha256(options.candidates),
+        "candidates_sha256": candidates_sha256(options.candidates),
         "orders": options.orders,
         "pairs": options.pairs,
         "pairs_per_prompt": options.pairs_per_prompt,

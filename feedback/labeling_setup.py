@@ -22,7 +22,7 @@ from feedback.panel import Combination
 from feedback.progress import say
 from feedback.questions import QuestionPlan, expected_questions, questions_of
 from feedback.records import Candidates
-from feedback.shards import read_rows
+from feedback.shards import MANIFEST, file_sha256, manifest_sha256, read_rows
 from feedback.templates import Template, load_criteria, load_template
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Member",
     "Work",
     "all_questions",
+    "candidates_sha256",
     "combination_of",
     "make_budget",
     "make_judge",
@@ -255,3 +256,18 @@ def open_cache(options: JudgeOptions, judge: Judge) -> ReplyCache | None:
         return None
     path = options.out.parent / "replies.sqlite"
     return ReplyCache(path if options.cache == "auto" else Path(options.cache), judge.identity)
+
+
+def candidates_sha256(candidates: Path) -> str:
+    """Return the hash of a candidates file, or of a finished folder's manifest.
+
+    Raises:
+        InputError: the folder is not finished.
+    """
+    if candidates.is_file():
+        return file_sha256(candidates)
+    if (candidates / MANIFEST).is_file():
+        return manifest_sha256(candidates)
+    raise InputError(
+        "no manifest.json: sampling has not finished; run rlaif sample again", path=candidates
+    )

@@ -28,6 +28,11 @@ COMMANDS: dict[str, Command] = {
     "sample": Command(
         "feedback.sampling:SampleOptions", "feedback.sampling:run", "prompts -> candidates"
     ),
+    "revise": Command(
+        "feedback.revision:ReviseOptions",
+        "feedback.revision:run",
+        "candidates -> candidates revised by the principles of a constitution",
+    ),
     "judge": Command(
         "feedback.judge_options:JudgeOptions", "feedback.labeling:run", "candidates -> verdicts"
     ),

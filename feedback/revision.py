@@ -1,0 +1,151 @@
+"""Critique and revision: a model improves its own completions by principles of a constitution.
+
+The supervised half of Constitutional AI (arXiv 2212.08073) as a generator of candidates: a
+principle is drawn, the model says what in its completion offends against it, then writes the
+completion anew; further rounds start from the revision. Every revision says where it comes from, by
+which principle and after which critique.
+
+``rlaif revise --candidates runs/x/candidates --out runs/x/revised --constitution harmlessness``
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+from feedback.backends.opening import open_backend
+from feedback.config import EngineOptions, recipe_of
+from feedback.constitution import load_constitution
+from feedback.errors import RecipeError
+from feedback.inputs import checked_candidates
+from feedback.labeling_run import claim_folder
+from feedback.labeling_setup import candidates_sha256
+from feedback.progress import ProgressBar, say
+from feedback.records import Candidates
+from feedback.reviser import Reviser, RevisionPlan
+from feedback.shards import ShardWriter, write_text
+from feedback.verdict_index import FAILED, SeenIds
+
+__all__ = ["ReviseOptions", "run"]
+
+_BLOCK = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReviseOptions:
+    """Candidates -> candidates with revisions."""
+
+    candidates: Path
+    """Folder of candidates (from rlaif sample), or a JSONL file of such rows."""
+    out: Path
+    """Folder for the candidates with their revisions; a run that stopped continues there."""
+    engine: EngineOptions = field(default_factory=lambda: EngineOptions(model="pocket:policy"))
+    """The model that criticises and revises; usually the policy itself."""
+    constitution: str = "harmlessness"
+    """Whose principles are drawn: a name from prompts/constitutions, or a path of a .toml file."""
+    rounds: int = 1
+    """Revisions one after the other, each by a principle of its own."""
+    completions: Literal["first", "all"] = "first"
+    """Which completions of a prompt are revised."""
+    keep: Literal["all", "ends", "last"] = "all"
+    """all: originals and every revision; ends: originals and last revisions; last: only the last
+    revisions, for supervised training."""
+    temperature: float = 1.0
+    """Sampling temperature of critiques and revisions."""
+    top_p: float = 1.0
+    """Share of the probability that the nucleus holds."""
+    max_tokens: int = 256
+    """Longest revision in tokens."""
+    critique_tokens: int = 192
+    """Longest critique in tokens."""
+    seed: int = 0
+    """Seed of drawn principles and of all draws."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        if min(self.rounds, self.max_tokens, self.critique_tokens) < 1:
+            raise RecipeError("rounds, max_tokens and critique_tokens must be at least 1")
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise RecipeError("temperature must be at least 0, and top_p in (0, 1]")
+
+
+def run(options: ReviseOptions) -> None:
+    """Revise the completions of all prompts.
+
+    Raises:
+        InputError: the candidates are wrong; nothing has been sampled.
+        TemplateError: the constitution has no principle that criticises and revises.
+        BackendError: the model cannot be loaded.
+    """
+    constitution = load_constitution(options.constitution)
+    principles = constitution.having("critique", "revise")
+    total = sum(1 for _ in checked_candidates(options.candidates))
+    with ShardWriter[Candidates](options.out, "candidates") as writer:
+        record = {
+            "candidates_sha256": candidates_sha256(options.candidates),
+            "constitution": constitution.describe(),
+            "model": [options.engine.model, options.engine.revision],
+            **asdict(_plan(options)),
+        }
+        claim_folder(options.out, record)
+        done = SeenIds()
+        for row in writer.existing():
+            done.add(row.prompt_id, 0)
+        backend = open_backend(options.engine)
+        try:
+            reviser = Reviser(backend, principles, _plan(options))
+            with ProgressBar("revising", total) as bar:
+                for block in _blocks(options.candidates, done, bar):
+                    for row in reviser.revise(block):
+                        writer.append(row)
+                    bar.advance(len(block))
+        finally:
+            backend.close()
+            done.close()
+        _write_failed(options.out, reviser.errors)
+        info = {"stage": "revise", **record, "prompts": total, "failed": len(reviser.errors)}
+        writer.finish(
+            {**info, "counts_of_calls": dict(reviser.counts), "recipe": recipe_of(options)},
+            count=lambda row: f"{len(row.completions)} completions",
+        )
+    _say_outcome(options, reviser, total)
+
+
+def _plan(options: ReviseOptions) -> RevisionPlan:
+    values = {entry.name: getattr(options, entry.name) for entry in fields(RevisionPlan)}
+    return RevisionPlan(**values)
+
+
+def _blocks(candidates: Path, done: SeenIds, bar: ProgressBar) -> Iterator[list[Candidates]]:
+    block: list[Candidates] = []
+    for row in checked_candidates(candidates):
+        if row.prompt_id in done or not row.completions:
+            bar.advance()
+            continue
+        block.append(row)
+        if len(block) == _BLOCK:
+            yield block
+            block = []
+    if block:
+        yield block
+
+
+def _write_failed(folder: Path, errors: dict[str, str]) -> None:
+    (folder / FAILED).unlink(missing_ok=True)
+    if errors:
+        rows = [json.dumps({"prompt_id": name, "error": error}) for name, error in errors.items()]
+        write_text(folder / FAILED, "\n".join(rows) + "\n")
+
+
+def _say_outcome(options: ReviseOptions, reviser: Reviser, total: int) -> None:
+    counts = reviser.counts
+    left = ", ".join(f"{number} {name}" for name, number in counts.items() if name != "revisions")
+    say(f"{total} prompts, {counts['revisions']} revisions" + (f" ({left})" if left else ""))
+    if reviser.errors:
+        say(
+            f"{len(reviser.errors)} prompts failed (why: {options.out / FAILED}); run the same "
+            "command again to retry only those"
+        )

@@ -1,0 +1,182 @@
+"""Critique and revision: what the model is asked, what is kept, what is retried."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from scripted import Scripted, manifest_of, write_candidates
+
+from feedback import revision
+from feedback.backends import SampleCall, SampleReply
+from feedback.config import EngineOptions
+from feedback.constitution import load_constitution
+from feedback.errors import RecipeError, ShardError
+from feedback.records import Candidates
+from feedback.revision import ReviseOptions
+from feedback.shards import read_rows
+
+
+class Reviewer(Scripted):
+    """Criticises and revises; ``say`` may answer in its place."""
+
+    def __init__(self, say=None):
+        super().__init__("reviewer")
+        self.say = say or (lambda call: None)
+        self.asked: list[SampleCall] = []
+
+    def sample(self, calls):
+        for call in calls:
+            self.asked.append(call)
+            answer = self.say(call)
+            if isinstance(answer, SampleReply):
+                yield answer
+                continue
+            previous = call.messages[1]["content"]
+            critique = len(call.messages) == 3
+            text = f"Too short: {previous}" if critique else f"{previous} (revised)"
+            yield SampleReply(
+                call_id=call.call_id,
+                texts=(text if answer is None else answer,),
+                finish_reasons=("stop",),
+                logps=(-3.5,),
+            )
+
+
+@pytest.fixture
+def reviewer(monkeypatch):
+    engines = [Reviewer()]
+    monkeypatch.setattr(revision, "open_backend", lambda options: engines[-1])
+    return engines
+
+
+def revise(tmp_path: Path, rows=None, **fields) -> list[Candidates]:
+    source = tmp_path / "candidates.jsonl"
+    if not source.exists():
+        write_candidates(source, rows or {"p1": [1, 2], "p2": [3]})
+    options = ReviseOptions(
+        candidates=source,
+        out=tmp_path / "revised",
+        engine=EngineOptions(model="reviewer"),
+        **fields,
+    )
+    revision.run(options)
+    return list(read_rows(options.out, Candidates))
+
+
+def test_a_critique_then_a_revision_and_both_are_kept(tmp_path, reviewer):
+    first, second = revise(tmp_path)
+    assert [row.completion for row in first.completions] == [
+        "answer 0 of p1 worth 1",
+        "answer 1 of p1 worth 2",
+        "answer 0 of p1 worth 1 (revised)",
+    ]
+    revised = second.completions[1]
+    principle = {entry.id: entry for entry in load_constitution("harmlessness").principles}[
+        revised.sampling["principle"]
+    ]
+    assert revised.sampling["revised_from"] == second.completions[0].completion_id
+    assert revised.sampling["critique"] == "Too short: answer 0 of p2 worth 3"
+    assert (revised.model, revised.finish_reason, revised.logp) == ("reviewer", "stop", -3.5)
+    call = next(
+        call
+        for call in reviewer[-1].asked
+        if len(call.messages) == 5 and "p2" in call.messages[0]["content"]
+    )
+    roles = [turn["role"] for turn in call.messages]
+    assert roles == ["user", "assistant", "user", "assistant", "user"]
+    assert principle.critique in call.messages[2]["content"]
+    assert principle.revise in call.messages[4]["content"]
+    assert not any("{" in turn["content"] for turn in call.messages)
+
+
+def test_rounds_go_on_from_the_revision_by_other_principles(tmp_path, reviewer):
+    (row,) = revise(tmp_path, {"p": [1]}, rounds=3)
+    texts = [entry.completion for entry in row.completions]
+    assert texts[-1].endswith("(revised) (revised) (revised)")
+    assert [entry.sampling.get("round") for entry in row.completions] == [None, 1, 2, 3]
+    parents = [entry.sampling.get("revised_from") for entry in row.completions[1:]]
+    assert parents == [entry.completion_id for entry in row.completions[:-1]]
+
+
+@pytest.mark.parametrize(("keep", "count"), [("all", 3), ("ends", 2), ("last", 1)])
+def test_what_is_kept(tmp_path, reviewer, keep, count):
+    (row,) = revise(tmp_path, {"p": [1]}, rounds=2, keep=keep)
+    assert len(row.completions) == count
+    assert row.completions[-1].sampling["round"] == 2
+
+
+def test_all_completions_can_be_revised(tmp_path, reviewer):
+    first, second = revise(tmp_path, completions="all")
+    assert (len(first.completions), len(second.completions)) == (4, 2)
+
+
+def test_the_same_seed_asks_the_same(tmp_path, reviewer):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "c").mkdir()
+    one, same = revise(tmp_path / "a"), None
+    reviewer.append(Reviewer())
+    same = revise(tmp_path / "b")
+    assert one == same
+    reviewer.append(Reviewer())
+    other = revise(tmp_path / "c", seed=1)
+    assert [call.call_id for call in reviewer[0].asked] == [
+        call.call_id for call in reviewer[1].asked
+    ]
+    assert one != other
+
+
+def test_unchanged_and_empty_revisions_are_no_revisions(tmp_path, reviewer):
+    reviewer.append(
+        Reviewer(
+            lambda call: call.messages[1]["content"].upper() if len(call.messages) == 5 else None
+        )
+    )
+    first, second = revise(tmp_path)
+    assert (len(first.completions), len(second.completions)) == (2, 1)
+    assert manifest_of(tmp_path / "revised")["counts_of_calls"] == {
+        "empty or unchanged revisions": 2,
+        "empty critiques": 0,
+    }
+
+
+def test_failed_prompts_are_retried_and_only_they(tmp_path, reviewer, capsys):
+    def fail(call):
+        if "p2" in call.messages[0]["content"]:
+            return SampleReply(call_id=call.call_id, error="overloaded")
+        return None
+
+    reviewer.append(Reviewer(fail))
+    assert [row.prompt_id for row in revise(tmp_path)] == ["p1"]
+    failed = tmp_path / "revised" / "failed.jsonl"
+    assert json.loads(failed.read_text()) == {"prompt_id": "p2", "error": "overloaded"}
+    assert "1 prompts failed" in capsys.readouterr().out
+    reviewer.append(Reviewer())
+    assert [row.prompt_id for row in revise(tmp_path)] == ["p1", "p2"]
+    assert all("p2" in call.messages[0]["content"] for call in reviewer[-1].asked)
+    assert not failed.exists()
+
+
+def test_an_engine_that_forgets_calls_is_noticed(tmp_path, reviewer):
+    class Forgetful(Reviewer):
+        def sample(self, calls):
+            yield from list(super().sample(calls))[1:]
+
+    reviewer.append(Forgetful())
+    assert len(revise(tmp_path)) < 2
+    assert "gave no reply" in (tmp_path / "revised" / "failed.jsonl").read_text()
+
+
+def test_another_seed_needs_another_folder(tmp_path, reviewer):
+    revise(tmp_path)
+    with pytest.raises(ShardError, match="another seed"):
+        revise(tmp_path, seed=4)
+
+
+def test_options_that_mean_nothing(tmp_path):
+    with pytest.raises(RecipeError, match="at least 1"):
+        ReviseOptions(candidates=tmp_path, out=tmp_path, rounds=0)
+    with pytest.raises(RecipeError, match="top_p"):
+        ReviseOptions(candidates=tmp_path, out=tmp_path, top_p=0.0)
