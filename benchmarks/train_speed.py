@@ -31,7 +31,6 @@ from train.attention import with_layout
 from train.config import DpoOptions, RewardOptions, RrhfOptions
 from train.data import Group
 from train.dpo import DpoObjective
-from train.fusing import fuse_projections
 from train.models import completion_logps, enable_packing
 from train.packing import pack_groups
 from train.reference import attach_reference
@@ -98,7 +97,6 @@ def ours(
 ) -> dict[str, Any]:
     """Train ``args.steps`` steps with our engine and return the figures."""
     warm, cuda = args.warm, args.device == "cuda"
-    fused = changes.pop("fused", True)
     settings: dict[str, Any] = {
         "data": (),
         "output": Path(args.scratch) / "ours",
@@ -122,8 +120,6 @@ def ours(
     kind = "reward" if name == "reward" else "causal"
     model = build_model(args.shape, dtype=dtype, device=args.device, kind=kind)
     enable_packing(model)
-    if fused:
-        fuse_projections(model)
     if name == "dpo":
         groups = with_zero_reference(groups)
     clock = Clock(warm, args.device)
@@ -258,10 +254,9 @@ def prove(args: argparse.Namespace) -> dict[str, float]:
         (plain * weights).sum().backward()
         expected = [p.grad.float().clone() for p in model.parameters()]
         enable_packing(model)
-        fuse_projections(model)
-        kernels = ("sdpa", "blocks", *(("flex",) if args.device == "cuda" else ()))
+        kernels = ["sdpa", "blocks", *(("triton", "flex") if args.device == "cuda" else ())]
         if args.device == "cuda" and dtype == torch.bfloat16:
-            kernels += ("varlen",)
+            kernels.append("varlen")
         for kernel in kernels:
             model.zero_grad()
             batch = with_layout(pack_groups(groups, multiple=128), kernel).to(args.device)
@@ -374,7 +369,7 @@ def jobs(args: argparse.Namespace) -> list[Job]:
     if flex:
         listed.append(("ours dpo varlen", lambda: ours("dpo", args, attention="varlen")))
         listed.append(("ours dpo autocast", lambda: ours("dpo", args, precision="autocast")))
-        listed.append(("ours dpo not fused", lambda: ours("dpo", args, fused=False)))
+        listed.append(("ours dpo flex", lambda: ours("dpo", args, attention="flex")))
         listed.append(("ours dpo not shared", lambda: ours("dpo", args, share_prompt=False)))
     return listed
 

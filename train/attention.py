@@ -1,9 +1,11 @@
-"""Attention over packed rows: one name registered with transformers, four kernels behind it.
+"""Attention over packed rows: one name registered with transformers, five kernels behind it.
 
 ``attention_inputs`` turns a packed row into keyword arguments for a model's backbone, which hands
 them down to ``packed_attention``; a call without them (sampling, say) is plain SDPA, so one model
 object can train and generate.
 
+* ``triton``: the project's own kernel over tiles that lie within one run (CUDA); see
+  ``train/triton_attention.py``.
 * ``flex``: FlexAttention with a block mask that is built on the host from the row's runs (CUDA).
 * ``varlen``: FlashAttention over all runs, and over completions against prompts, merged by their
   log-sum-exp (CUDA); see ``train/varlen.py``.
@@ -13,9 +15,10 @@ object can train and generate.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -28,6 +31,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from feedback.errors import InputError
 from train.packing import BlockLayout, GroupLayout, PackedBatch, Run
+from train.tiles import TileLayout, tile_layout
 from train.varlen import varlen_attention, varlen_layout
 
 __all__ = [
@@ -45,7 +49,8 @@ __all__ = [
 NAME = "packed"
 """What the implementation is called in ``config._attn_implementation``."""
 BLOCK = 128
-AttentionKind = Literal["flex", "varlen", "sdpa", "blocks"]
+AttentionKind = Literal["triton", "flex", "varlen", "sdpa", "blocks"]
+_CUDA_ONLY = ("triton", "flex", "varlen")
 
 # Compiled once; within a compiled layer it is inlined.
 _flex = torch.compile(flex_attention, dynamic=False)
@@ -57,12 +62,16 @@ def resolve_attention(kind: str, device: str) -> AttentionKind:
     Raises:
         InputError: the kernel does not run there.
     """
+    has_triton = importlib.util.find_spec("triton") is not None
     if kind == "auto":
-        return "flex" if device == "cuda" else "blocks"
-    if kind in ("flex", "varlen") and device != "cuda":
+        return ("triton" if has_triton else "flex") if device == "cuda" else "blocks"
+    if kind in _CUDA_ONLY and device != "cuda":
         raise InputError(f"attention {kind!r} needs a CUDA device; use sdpa, blocks or auto")
-    if kind not in ("flex", "varlen", "sdpa", "blocks"):
-        raise InputError(f"unknown attention {kind!r}: it is auto, flex, varlen, sdpa or blocks")
+    if kind not in get_args(AttentionKind):
+        offered = ", ".join(get_args(AttentionKind))
+        raise InputError(f"unknown attention {kind!r}: it is auto, {offered}")
+    if kind == "triton" and not has_triton:
+        raise InputError("attention 'triton' needs the package triton; use flex")
     return kind  # type: ignore[return-value]
 
 
@@ -185,6 +194,8 @@ def with_layout(batch: PackedBatch, kind: AttentionKind) -> PackedBatch:
     """Return the batch with what its kernel needs, made on the host before the batch is moved."""
     if kind == "flex":
         return batch.with_layout(block_layout(batch.runs, batch.input_ids.shape[0]))
+    if kind == "triton":
+        return batch.with_layout(tile_layout(batch.runs, batch.input_ids.shape[0]))
     if kind == "varlen":
         return batch.with_layout(varlen_layout(batch.runs, batch.input_ids.shape[0]))
     if kind == "blocks":
@@ -223,9 +234,9 @@ def packed_attention(
         key: (1, key heads, S, D).
         value: (1, key heads, S, D).
         attention_mask: a block mask, a dense mask, or a stand-in.
-        dropout: must be 0 on packed rows with ``flex`` and ``varlen``.
+        dropout: must be 0 on packed rows with ``triton``, ``flex`` and ``varlen``.
         scaling: of the scores; None: 1 / sqrt(D).
-        packed_layout: for ``blocks`` and ``varlen``.
+        packed_layout: for ``triton``, ``blocks`` and ``varlen``.
         kwargs: what else the model passes on.
     """
     if isinstance(attention_mask, BlockMask):
@@ -240,6 +251,10 @@ def packed_attention(
         )
     if isinstance(packed_layout, GroupLayout):
         return _by_group(query, key, value, packed_layout, scaling, dropout), None
+    if isinstance(packed_layout, TileLayout):
+        from train.triton_attention import tile_attention
+
+        return tile_attention(query, key, value, packed_layout, scaling), None
     return varlen_attention(query, key, value, packed_layout, scaling), None
 
 

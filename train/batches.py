@@ -44,7 +44,7 @@ class Packing:
     @property
     def multiple(self) -> int:
         """Rows are padded to a multiple of this: few lengths, so few compiled graphs."""
-        if self.attention not in ("flex", "varlen"):
+        if self.attention not in ("triton", "flex", "varlen"):
             return 1
         return max(128, self.row_tokens // 8 // 128 * 128) if self.pack else 128
 

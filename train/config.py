@@ -80,9 +80,9 @@ class TrainOptions:
     """Compute a prompt once for all of its completions. Off only to measure what it brings."""
     pack: bool = True
     """Put several groups into one row. Off only to measure or to check equality."""
-    attention: Literal["auto", "flex", "varlen", "sdpa", "blocks"] = "auto"
-    """Attention kernel for packed rows: flex and varlen need CUDA; sdpa has a dense mask; blocks
-    runs group by group. auto: flex on CUDA, blocks on CPU."""
+    attention: Literal["auto", "triton", "flex", "varlen", "sdpa", "blocks"] = "auto"
+    """Attention kernel for packed rows: triton (our own), flex and varlen need CUDA; sdpa has a
+    dense mask; blocks runs group by group. auto: triton on CUDA, blocks on CPU."""
     precision: Literal["auto", "float32", "bfloat16", "autocast"] = "auto"
     """bfloat16: weights in bfloat16 with float32 master copies in the optimiser; autocast: float32
     weights, bfloat16 products; auto: bfloat16 on CUDA, float32 on CPU."""

@@ -86,6 +86,7 @@ def sum_per_completion(values: Tensor, owners: Tensor, *, completions: int) -> T
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Return the logits of a chunk in float32, (t, V)."""
     if hidden.is_cuda and hidden.dtype != torch.float32:
         logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
     else:
@@ -95,28 +96,64 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -
     return logits.mul_(scale) if scale != 1.0 else logits
 
 
+def _read(logits: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log-probability of the target, log-normaliser and entropy (or 0) of each row."""
+    normaliser = torch.logsumexp(logits, dim=-1)
+    logprob = logits.gather(1, targets[:, None])[:, 0] - normaliser
+    if not entropy:
+        return logprob, normaliser, torch.zeros_like(normaliser)
+    # H = log Z - sum p z
+    mean = ((logits - normaliser[:, None]).exp() * logits).sum(-1)
+    return logprob, normaliser, normaliser - mean
+
+
+def _slope(logits: Tensor, normaliser: Tensor, targets: Tensor, grad: Tensor) -> Tensor:
+    """Return d(grad . logprob) / d logits = grad * (onehot(target) - softmax), (t, V) float32."""
+    place = torch.arange(logits.shape[1], device=logits.device)
+    chosen = (place == targets[:, None]).to(logits.dtype)
+    return grad[:, None] * (chosen - (logits - normaliser[:, None]).exp())
+
+
+@torch.compile
+def _read_compiled(logits: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return _read(logits, targets, entropy)
+
+
+@torch.compile
+def _slope_compiled(
+    logits: Tensor, normaliser: Tensor, targets: Tensor, grad: Tensor, dtype: torch.dtype
+) -> Tensor:
+    return _slope(logits, normaliser, targets, grad).to(dtype)
+
+
+def _slope_in_place(
+    logits: Tensor, normaliser: Tensor, targets: Tensor, grad: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Return ``_slope`` in the logits' own memory: without a compiler each step is a pass."""
+    slope = logits.sub_(normaliser[:, None]).exp_().neg_()
+    slope.scatter_add_(1, targets[:, None], torch.ones_like(slope[:, :1]))
+    return slope.mul_(grad[:, None]).to(dtype)
+
+
 class _ChunkedLogprobs(torch.autograd.Function):
     """d logprob_t / d logits_t = onehot(target_t) - softmax_t, chunk by chunk."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, scale, chunk, entropy):  # type: ignore[no-untyped-def]
         tokens = hidden.shape[0]
-        logprobs = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
-        normalisers = torch.empty_like(logprobs)
-        entropies = torch.empty_like(logprobs) if entropy else logprobs.new_empty(0)
+        parts = torch.empty(3, tokens, dtype=torch.float32, device=hidden.device)
+        read = _read_compiled if hidden.is_cuda else _read
         for start in range(0, tokens, chunk):
             part = slice(start, min(start + chunk, tokens))
             logits = _logits(hidden[part], weight, bias, scale)
-            normalisers[part] = torch.logsumexp(logits, dim=-1)
-            chosen = logits.gather(1, targets[part, None])[:, 0]
-            logprobs[part] = chosen - normalisers[part]
-            if entropy:  # H = log Z - sum p z
-                probabilities = (logits - normalisers[part, None]).exp_()
-                entropies[part] = normalisers[part] - (probabilities * logits).sum(-1)
+            for row, value in zip(parts, read(logits, targets[part], entropy), strict=True):
+                row[part] = value
+            del logits
+        logprobs, normalisers, entropies = parts.unbind()
         ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
         ctx.scale, ctx.chunk = scale, chunk
         ctx.mark_non_differentiable(entropies)
-        return logprobs, entropies
+        return logprobs.clone(), entropies.clone()
 
     @staticmethod
     def backward(ctx, grad, _):  # type: ignore[no-untyped-def]
@@ -125,18 +162,19 @@ class _ChunkedLogprobs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
+        slope_of = _slope_compiled if hidden.is_cuda else _slope_in_place
+        grad = grad * ctx.scale
         for start in range(0, hidden.shape[0], ctx.chunk):
             part = slice(start, min(start + ctx.chunk, hidden.shape[0]))
             logits = _logits(hidden[part], weight, bias, ctx.scale)
-            slope = (logits - normalisers[part, None]).exp_().neg_()
-            slope.scatter_add_(1, targets[part, None], torch.ones_like(slope[:, :1]))
-            slope = slope.mul_(grad[part, None] * ctx.scale).to(hidden.dtype)
+            slope = slope_of(logits, normalisers[part], targets[part], grad[part], hidden.dtype)
+            del logits
             if grad_hidden is not None:
                 grad_hidden[part] = slope @ weight
             if grad_weight is not None:
                 grad_weight += slope.t() @ hidden[part]
             if grad_bias is not None:
-                grad_bias += slope.sum(0)
+                grad_bias += slope.float().sum(0)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         if grad_bias is not None:

@@ -68,6 +68,8 @@ def _cumulative(lengths: Sequence[int]) -> Tensor:
     return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
 
+# Lengths differ from row to row: compiled, every one of them would be another graph.
+@torch.compiler.disable
 def varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: VarlenLayout, scaling: float | None
 ) -> Tensor:
