@@ -10,6 +10,7 @@ from feedback.config import EngineOptions
 from feedback.errors import RecipeError
 from feedback.ordering import Orders, PairPolicy
 from feedback.panel import CascadeOptions, PanelOptions
+from feedback.run_folder import OnChange
 
 __all__ = ["JudgeOptions"]
 
@@ -73,6 +74,9 @@ class JudgeOptions:
     """Further judges that are asked the same: a [judge.panel] table in the recipe."""
     cascade: CascadeOptions | None = None
     """A strong judge for what this one is unsure of: a [judge.cascade] table in the recipe."""
+    on_change: OnChange = "refuse"
+    """What happens to verdicts in --out that were made with other settings: refuse to go on;
+    set-aside: move them to a folder beside it; replace: remove them."""
     dry_run: bool = False
     """Print calls, tokens and price, and stop before anything is sent."""
 

@@ -1,13 +1,8 @@
-"""Streaming questions through an engine into a verdict folder: nothing twice, nothing lost.
-
-``run.json`` in the folder says what the verdicts in it depend on; a run that would mix in others is
-refused. It is written before the first call, the manifest after the last.
-"""
+"""Streaming questions through an engine into a verdict folder: nothing twice, nothing lost."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -18,35 +13,14 @@ from typing import Any, BinaryIO
 from feedback.backends import Backend, JudgeCall
 from feedback.budget import Budget
 from feedback.cache import ReplyCache
-from feedback.errors import ShardError
 from feedback.judge import Asked, Judge, Question
 from feedback.progress import ProgressBar
 from feedback.records import Usage, Verdict, encode
-from feedback.shards import ShardWriter, write_json, writing
-from feedback.verdict_index import FAILED, RUN_RECORD, VerdictIndex
+from feedback.run_folder import claim_folder
+from feedback.shards import ShardWriter, writing
+from feedback.verdict_index import FAILED, VerdictIndex
 
 __all__ = ["LabelingRun", "RunTotals", "claim_folder"]
-
-
-def claim_folder(folder: Path, record: dict[str, Any]) -> None:
-    """Write what the folder's verdicts depend on, or check that it is the same as before.
-
-    Raises:
-        ShardError: the folder was begun with other settings; names the first that differs.
-    """
-    path = folder / RUN_RECORD
-    record = json.loads(json.dumps(record))
-    if not path.is_file():
-        write_json(path, record)
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    for key in sorted(set(record) | set(before)):
-        if record.get(key) != before.get(key):
-            raise ShardError(
-                f"was begun with another {key} ({before.get(key)!r}, now {record.get(key)!r}); "
-                "give another --out, or remove the folder (the cache keeps paid replies)",
-                path=folder,
-            )
 
 
 @dataclass(slots=True)

@@ -19,9 +19,9 @@ from feedback.backends.opening import local_revision, open_backend, resolve_mode
 from feedback.config import EngineOptions, recipe_of
 from feedback.errors import RecipeError
 from feedback.inputs import read_prompts
-from feedback.labeling_run import claim_folder
 from feedback.progress import say
 from feedback.records import Candidates, Prompt
+from feedback.run_folder import OnChange, claim_folder, make_way
 from feedback.sampling_run import SamplingRun, Stage
 from feedback.shards import file_sha256, shard_paths
 from feedback.templates import prompts_folder
@@ -61,6 +61,9 @@ class SampleOptions:
     """Seed of all draws; each call's own seed follows from it and stands in the row."""
     limit: int | None = None
     """Only so many prompts, from the top; None: all."""
+    on_change: OnChange = "refuse"
+    """What happens to completions in --out that were made with other settings: refuse to go on;
+    set-aside: move them to a folder beside it; replace: remove them."""
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
@@ -98,6 +101,8 @@ def run(options: SampleOptions) -> None:
         for place, wanted in enumerate(_shares(options.completions, len(policies)))
         for attempt in range(options.refills + 1)
     ]
+    record = _run_record(options, source)
+    make_way(options.out, record, options.on_change)
     sampling = SamplingRun(
         options.out,
         stages=stages,
@@ -109,7 +114,7 @@ def run(options: SampleOptions) -> None:
         seed=options.seed,
     )
     try:
-        claim_folder(options.out, _run_record(options, source))
+        claim_folder(options.out, record)
         for place, policy in enumerate(policies):
             if not sampling.has_work(place, _rows(source, options.limit)):
                 continue

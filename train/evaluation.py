@@ -8,8 +8,6 @@ samples). Judges here should have labelled nothing that the policy was trained o
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +17,7 @@ import numpy as np
 
 from feedback.backends.opening import open_backend
 from feedback.config import EngineOptions, recipe_of
+from feedback.goldcheck import gold_score
 from feedback.intervals import Estimate, Resampler, mean, ratio
 from feedback.labeling import JudgeOptions, Work, answer
 from feedback.progress import say
@@ -28,6 +27,7 @@ from feedback.sampling import run as sample
 from feedback.shards import ShardWriter, read_rows, shard_paths, write_json, write_text
 from feedback.winrate import (
     NEW,
+    OLD,
     Meeting,
     WinRate,
     meeting_questions,
@@ -60,6 +60,7 @@ def evaluate(options: EvaluateOptions) -> None:
                 top_p=options.top_p,
                 max_tokens=options.max_tokens,
                 repeats="keep",
+                on_change="replace",
                 seed=seed,
                 limit=options.limit,
             )
@@ -120,6 +121,7 @@ def _judge(
                 template=options.template,
                 rubric=options.rubric,
                 pairs="cross",
+                on_change="replace",
                 min_mass=options.min_mass,
                 seed=options.seed,
             ),
@@ -214,16 +216,37 @@ def _gold(options: EvaluateOptions, rows: list[Candidates]) -> dict[str, Any] | 
     """Check every completion against its prompt's known slots, where the prompts have them."""
     if options.gold == "off" or not rows or not all("given" in row.meta for row in rows):
         return None
-    if importlib.util.find_spec("feedback.goldcheck") is None:
-        return None
-    gold_score = importlib.import_module("feedback.goldcheck").gold_score
-    values = []
+    values: list[tuple[int, bool, float]] = []
+    scores: list[dict[str, float]] = []
     for number, row in enumerate(rows):
-        for entry in row.completions:
-            score = gold_score(row.meta, entry.completion, ended=entry.finish_reason == "stop")
-            values.append((number, entry.completion_id.startswith(NEW), score))
+        checked = {
+            entry.completion_id: gold_score(
+                row.meta, entry.completion, ended=entry.finish_reason == "stop"
+            )
+            for entry in row.completions
+        }
+        scores.append(checked)
+        values += [(number, name.startswith(NEW), score) for name, score in checked.items()]
     before, after, gain = _side_means(values, options.seed)
-    return {"before": before.to_dict(), "after": after.to_dict(), "gain": gain.to_dict()}
+    return {
+        "before": before.to_dict(),
+        "after": after.to_dict(),
+        "gain": gain.to_dict(),
+        "win_rate": _gold_win_rate(scores, options.seed).to_dict(),
+    }
+
+
+def _gold_win_rate(scores: list[dict[str, float]], seed: int) -> Estimate:
+    """Return the share of meetings in which the new policy scores higher, level ones half."""
+    groups, wins = [], []
+    for number, checked in enumerate(scores):
+        for place in range(len(checked)):
+            new, old = checked.get(f"{NEW}-{place}"), checked.get(f"{OLD}-{place}")
+            if new is not None and old is not None:
+                groups.append(number)
+                wins.append(1.0 if new > old else 0.0 if new < old else 0.5)
+    array = np.array(groups, dtype=np.int64)
+    return mean(Resampler(array, seed=seed), array, wins)
 
 
 def _write_rows(path: Path, rows: list[Candidates], results: dict[str, list[Meeting]]) -> None:

@@ -112,6 +112,9 @@ def _resolve(stage: str, recipe: dict[str, Any], options: PipelineOptions) -> di
         if key in known
     }
     table = _merged(wired, recipe.get(stage, {}))
+    if "on_change" in known:
+        # A changed recipe starts the stage over; what the old one made is kept beside it.
+        table.setdefault("on_change", "set-aside")
     option_values(kind, table, path=options.recipe or None)
     build_options(kind, table, path=f"{options.recipe} [{stage}]")
     return table

@@ -1,0 +1,89 @@
+"""What a stage's folder was made with, and what happens when that changes.
+
+``run.json`` in the folder records everything its rows depend on. Rows made with other settings are
+never mixed in: the run is refused, or what is there is set aside or replaced first.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import filelock
+
+from feedback.errors import ShardError
+from feedback.progress import say
+from feedback.shards import write_json
+from feedback.verdict_index import RUN_RECORD
+
+__all__ = ["OnChange", "claim_folder", "make_way"]
+
+OnChange = Literal["refuse", "set-aside", "replace"]
+
+
+def claim_folder(folder: Path, record: dict[str, Any]) -> None:
+    """Write what the folder's rows depend on, or check that it is the same as before.
+
+    Raises:
+        ShardError: the folder was begun with other settings; names the first that differs.
+    """
+    changed = _changed(folder, record)
+    if changed is not None:
+        raise ShardError(
+            f"was begun with another {changed}; give another --out, or say --on-change set-aside "
+            "(or replace). Replies that were paid for stay in the cache",
+            path=folder,
+        )
+    if not (folder / RUN_RECORD).is_file():
+        write_json(folder / RUN_RECORD, _plain(record))
+
+
+def make_way(folder: Path, record: dict[str, Any], on_change: OnChange) -> None:
+    """Clear the folder's place if it was made with other settings and ``on_change`` allows it.
+
+    Raises:
+        ShardError: another run is writing the folder.
+    """
+    changed = _changed(folder, record)
+    if on_change == "refuse" or changed is None:
+        return
+    name = changed.split(" (")[0]
+    with _locked(folder):
+        if on_change == "replace":
+            shutil.rmtree(folder)
+            say(f"{folder} was made with another {name}: replaced")
+            return
+        number = 1
+        while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+            number += 1
+        folder.rename(aside)
+        say(f"{folder} was made with another {name}: set aside as {aside}")
+
+
+def _locked(folder: Path) -> filelock.BaseFileLock:
+    lock = filelock.FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise ShardError("another run is writing this folder", path=folder) from None
+    return lock
+
+
+def _plain(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the record as it reads back from JSON."""
+    plain: dict[str, Any] = json.loads(json.dumps(record))
+    return plain
+
+
+def _changed(folder: Path, record: dict[str, Any]) -> str | None:
+    """Return the first key that differs from the folder's record, with both values, or None."""
+    path = folder / RUN_RECORD
+    if not path.is_file():
+        return None
+    before, now = json.loads(path.read_text(encoding="utf-8")), _plain(record)
+    for key in sorted(set(now) | set(before)):
+        if now.get(key) != before.get(key):
+            return f"{key} ({before.get(key)!r}, now {now.get(key)!r})"
+    return None
