@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from ranking_engine import Scripted, manifest_of, write_candidates
+from scripted import Scripted, manifest_of, write_candidates
 
 from feedback import labeling
 from feedback.comparing import comparisons

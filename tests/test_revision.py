@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from ranking_engine import Scripted, manifest_of, write_candidates
+from scripted import Scripted, manifest_of, write_candidates
 
 from feedback import revision
 from feedback.backends import SampleCall, SampleReply
