@@ -221,10 +221,12 @@ def _compare(left: Pairs, right: Pairs, resampler: Resampler) -> list[Figure]:
     known = np.isfinite(p) & np.isfinite(q)
     groups = np.repeat(left.prompt[one][:, None], 2, axis=1)
     sign = np.broadcast_to(np.array([1.0, -1.0]), p.shape)
-    pair = f"{left.arm.template}, {right.arm.template}"
+    judge = left.arm.judge.model
+    pair = f"{judge}: {left.arm.template}, {right.arm.template}"
+    ending = f"{judge}:{left.arm.template}:{right.arm.template}"
     return [
         Figure(
-            name=f"scheme.flips:{left.arm.template}:{right.arm.template}",
+            name=f"scheme.flips:{ending}",
             label=f"Other verdict ({pair})",
             estimate=proportion((winner != other)[known], groups[known]),
             meaning="Share of questions, in the same order, that end differently under the other "
@@ -232,7 +234,7 @@ def _compare(left: Pairs, right: Pairs, resampler: Resampler) -> list[Figure]:
             fair=0.0,
         ),
         Figure(
-            name=f"scheme.change:{left.arm.template}:{right.arm.template}",
+            name=f"scheme.change:{ending}",
             label=f"Change of probability ({pair})",
             estimate=mean(resampler, groups[known], np.abs(p - q)[known]),
             meaning="Mean absolute change of P(preferred) between the two templates.",
@@ -240,7 +242,7 @@ def _compare(left: Pairs, right: Pairs, resampler: Resampler) -> list[Figure]:
             percent=False,
         ),
         Figure(
-            name=f"scheme.first_label:{left.arm.template}:{right.arm.template}",
+            name=f"scheme.first_label:{ending}",
             label=f"First label favoured ({pair})",
             estimate=mean(resampler, groups[known], (sign * (q - p))[known]),
             meaning="How much more the second-named template favours the first place.",
