@@ -77,7 +77,8 @@ def with_texts(
             {},
         )
         for said, shown in zip(word, (names, names[::-1]), strict=False):
-            verdicts.append(verdict(prompt, shown, said))
+            if said != "-":
+                verdicts.append(verdict(prompt, shown, said))
         if label is not None:
             gold[prompt, *names] = GoldPair(
                 prompt_id=prompt,
