@@ -12,10 +12,10 @@ over; what did not run is named. Tokens per second count a prompt once per compl
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,16 +23,15 @@ from typing import Any
 
 import torch
 from train_peers import authors_rrhf_loss, trl_dpo, trl_reward
-from train_work import MIXES, SHAPES, build_model, make_groups
+from train_proof import prove
+from train_work import MIXES, SHAPES, build_model, clean, make_groups, word_tokenizer
 from transformers import TrainerCallback
 
 from feedback.shards import package_versions, write_json
-from train.attention import with_layout
 from train.config import DpoOptions, RewardOptions, RrhfOptions
 from train.data import Group
 from train.dpo import DpoObjective
-from train.models import completion_logps, enable_packing
-from train.packing import pack_groups
+from train.models import compile_layers, enable_packing
 from train.reference import attach_reference
 from train.reward import RewardObjective
 from train.rrhf import RrhfObjective
@@ -51,20 +50,13 @@ class Clock(TrainerCallback):
         return time.perf_counter()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """React to the event of this name."""
         if state.global_step == self.warm:
             self.started = self._wait()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """React to the event of this name."""
         self.seconds = self._wait() - self.started
-
-
-def clean(device: str) -> None:
-    """Forget compiled code and free memory between jobs."""
-    gc.collect()
-    torch._dynamo.reset()
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
 
 
 def unshared_tokens(groups: Sequence[Group]) -> int:
@@ -104,6 +96,7 @@ def ours(
         "max_steps": warm + args.steps,
         "batch_size": 0,
         "row_tokens": args.row_tokens,
+        "attention": args.attention,
         "log_every": 1000,
         "learning_rate": 1e-6,
         "epochs": 1000.0,
@@ -120,8 +113,9 @@ def ours(
     kind = "reward" if name == "reward" else "causal"
     model = build_model(args.shape, dtype=dtype, device=args.device, kind=kind)
     enable_packing(model)
+    prepared: dict[str, float] = {}
     if name == "dpo":
-        groups = with_zero_reference(groups)
+        groups, prepared = prepare(model, groups, options)
     clock = Clock(warm, args.device)
     trainer = PackedTrainer(
         model=model,
@@ -138,14 +132,35 @@ def ours(
     timed = [groups[i] for step in plan[warm : warm + args.steps] for row in step.rows for i in row]
     figures = rates(args, model, timed, clock.seconds, shared=True)
     figures |= {"compile_s": clock.started - built, "row_tokens": args.row_tokens}
-    return figures
+    return figures | prepared
 
 
-def with_zero_reference(groups: Sequence[Group]) -> list[Group]:
-    """Return groups with made-up reference values: the step's work does not depend on them."""
-    import dataclasses
+def prepare(
+    model: Any, groups: Sequence[Group], options: DpoOptions
+) -> tuple[list[Group], dict[str, float]]:
+    """Tokenise the pairs and attach the reference; return the groups and the time of both."""
+    tokenizer = word_tokenizer()
+    texts = [text(ids) for group in groups for ids in (group.prompt_ids, *group.completions)]
+    start = time.perf_counter()
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    tokenised = time.perf_counter() - start
+    assert encoded[0] == list(groups[0].prompt_ids), "the words are not the tokens"
+    compile_layers(model, options.compile)
+    packing, folder = packing_of(options), Path(tempfile.mkdtemp())
+    attach_reference(groups[:300], model, packing=packing, folder=folder)  # compiles
+    start = time.perf_counter()
+    attached = attach_reference(groups, model, packing=packing, folder=folder)
+    seconds = time.perf_counter() - start
+    count = len(groups)
+    return attached, {
+        "tokenise_ms_per_pair": 1e3 * tokenised / count,
+        "reference_ms_per_pair": 1e3 * seconds / max(1, count - 300),
+    }
 
-    return [dataclasses.replace(g, ref_logps=(0.0,) * len(g.completions)) for g in groups]
+
+def text(ids: Sequence[int]) -> str:
+    """Return token ids as the words that ``word_tokenizer`` reads."""
+    return " ".join("</s>" if token == 2 else f"w{token}" for token in ids)
 
 
 def rates(
@@ -182,6 +197,7 @@ def theirs(
     groups = make_groups(MIXES[args.mix], batch * (args.warm + args.steps))
     clock = Clock(args.warm, args.device)
     make = trl_dpo if name == "dpo" else trl_reward
+    begun = time.perf_counter()
     trainer = make(
         args.shape,
         groups,
@@ -195,8 +211,10 @@ def theirs(
     model = trainer.model
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    prepared = {"prepare_ms_per_pair": 1e3 * (time.perf_counter() - begun) / len(groups)}
     trainer.train()
-    return rates(args, model, groups[args.warm * batch :], clock.seconds, shared=False)
+    timed = groups[args.warm * batch :]
+    return rates(args, model, timed, clock.seconds, shared=False) | prepared
 
 
 def authors_rrhf(args: argparse.Namespace, *, completions: int) -> dict[str, Any]:
@@ -226,12 +244,14 @@ class Profile(TrainerCallback):
         self.step, self.profiler = step, None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """React to the event of this name."""
         if state.global_step == self.step:
             activities = [torch.profiler.ProfilerActivity.CUDA]
             self.profiler = torch.profiler.profile(activities=activities)
             self.profiler.__enter__()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """React to the event of this name."""
         if self.profiler is not None:
             torch.cuda.synchronize()
             self.profiler.__exit__(None, None, None)
@@ -240,83 +260,6 @@ class Profile(TrainerCallback):
                 table.table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=75)
             )
             self.profiler = None
-
-
-def prove(args: argparse.Namespace) -> dict[str, float]:
-    """Check equal work; return the largest differences found. Raises AssertionError."""
-    figures: dict[str, float] = {}
-    groups = make_groups(MIXES["tiny"], 12, completions=3, seed=7)
-    for label, dtype, limit in (("fp32", torch.float32, 1e-5), ("bf16", torch.bfloat16, 1e-2)):
-        clean(args.device)
-        model = build_model("tiny", dtype=dtype, device=args.device)
-        plain = torch.stack([padded_logps(model, group) for group in groups]).flatten()
-        weights = torch.linspace(-1, 1, len(plain), device=args.device)
-        (plain * weights).sum().backward()
-        expected = [p.grad.float().clone() for p in model.parameters()]
-        enable_packing(model)
-        kernels = ["sdpa", "blocks", *(("triton", "flex") if args.device == "cuda" else ())]
-        if args.device == "cuda" and dtype == torch.bfloat16:
-            kernels.append("varlen")
-        for kernel in kernels:
-            model.zero_grad()
-            batch = with_layout(pack_groups(groups, multiple=128), kernel).to(args.device)
-            logps = completion_logps(model, batch).logps
-            (logps * weights).sum().backward()
-            slopes = [p.grad.float() for p in model.parameters()]
-            figures[f"{kernel}_{label}_values"] = difference([logps], [plain])
-            figures[f"{kernel}_{label}_gradients"] = difference(slopes, expected)
-            print(
-                f"  {kernel:7s} {label}: values {figures[f'{kernel}_{label}_values']:.1e}, gradients "
-                f"{figures[f'{kernel}_{label}_gradients']:.1e} of the padded model's"
-            )
-            assert figures[f"{kernel}_{label}_values"] <= limit
-            # Gradients of bfloat16 carry the rounding of every activation on both sides.
-            assert figures[f"{kernel}_{label}_gradients"] <= (limit if label == "fp32" else 5e-2)
-    figures["step0_loss_error"] = abs(first_loss(args) - math.log(2))
-    print(f"  DPO loss at step 0 minus log 2: {figures['step0_loss_error']:.1e}")
-    assert figures["step0_loss_error"] < 1e-3
-    return figures
-
-
-def padded_logps(model: Any, group: Group) -> torch.Tensor:
-    """Return the completions' log-probabilities from a padded batch without packing."""
-    device = next(model.parameters()).device
-    rows = [[*map(int, group.prompt_ids), *map(int, ids)] for ids in group.completions]
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
-    logprobs = model(input_ids=ids, attention_mask=mask).logits.float().log_softmax(-1)[:, :-1]
-    picked = logprobs.gather(2, ids[:, 1:, None])[..., 0] * mask[:, 1:]
-    return picked[:, len(group.prompt_ids) - 1 :].sum(1)
-
-
-def difference(values: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
-    """Return the norm of the difference over the norm of what was expected, over all tensors."""
-    flat, wanted = (
-        torch.cat([t.detach().double().flatten() for t in ts]) for ts in (values, expected)
-    )
-    return float((flat - wanted).norm() / wanted.norm())
-
-
-def first_loss(args: argparse.Namespace) -> float:
-    """Return the DPO loss before the first step, the reference being the policy."""
-    clean(args.device)
-    options = DpoOptions(
-        data=(), output=Path(args.scratch), device=args.device, row_tokens=2048, compile="none"
-    )
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    model = build_model("tiny", dtype=dtype, device=args.device)
-    enable_packing(model)
-    packing = packing_of(options)
-    groups = attach_reference(
-        make_groups(MIXES["tiny"], 20),
-        model,
-        packing=packing,
-        folder=Path(args.scratch) / "reference",
-    )
-    batch = with_layout(pack_groups(groups, multiple=packing.multiple), packing.attention)
-    objective = DpoObjective(options)
-    return float(objective.loss(model, batch.to(args.device), objective.counts(groups)).loss)
 
 
 Job = tuple[str, Callable[[], dict[str, Any]]]
@@ -400,9 +343,9 @@ def line(row: dict[str, Any]) -> str:
     if "groups_per_s" not in row:
         return f"{row['job']:36s} {row.get('failed') or row.get('skipped')}"
     return (
-        f"{row['job']:36s} {row['groups_per_s']:8.1f} groups/s {row['real_tokens_per_s']:10,.0f} real "
-        f"tokens/s  MFU {row.get('mfu', 0):.3f} (real {row.get('mfu_real', 0):.3f})  "
-        f"{row['peak_gib']:6.1f} GiB for {row['groups_per_step']:.0f} groups  [{row['job_s']:.0f} s]"
+        f"{row['job']:36s} {row['groups_per_s']:8.1f} groups/s {row['real_tokens_per_s']:9,.0f} "
+        f"real tok/s  MFU {row.get('mfu', 0):.3f} (real {row.get('mfu_real', 0):.3f}) "
+        f"{row['peak_gib']:6.1f} GiB for {row['groups_per_step']:.0f}  [{row['job_s']:.0f} s]"
     )
 
 
@@ -475,16 +418,23 @@ def main() -> None:
     parser.add_argument("--jobs", nargs="*", default=[], help="only jobs whose name holds a word")
     parser.add_argument("--profile", action="store_true", help="print one step's kernels")
     parser.add_argument("--no-proof", action="store_true")
+    parser.add_argument("--attention", default="auto", help="kernel of our side")
+    parser.add_argument("--kernel-configs", default="", help="from train_attention.py --configs")
     parser.add_argument("--out", default="")
     parser.add_argument("--scratch", default="/tmp/train-speed")
     args = parser.parse_args()
     args.started = time.perf_counter()
     args.peak = measured_peak(args.device)
+    if args.kernel_configs:
+        from train import triton_attention
+
+        for kernel, tile, *settings in json.loads(Path(args.kernel_configs).read_text()):
+            triton_attention._CONFIGS[kernel, tile] = tuple(settings)
     print(
         f"{args.shape} {args.mix} on {args.device}, measured peak {args.peak:.0f} TFLOP/s",
         flush=True,
     )
-    proof = {} if args.no_proof else prove(args)
+    proof = {} if args.no_proof else prove(args.device, Path(args.scratch))
     rows = run_jobs(args)
     print("\n" + "\n".join(line(row) for row in rows))
     for name in ("dpo", "reward", "rrhf"):

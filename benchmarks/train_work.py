@@ -7,6 +7,7 @@ after (HH-harmless: prompt 124, chosen 40, rejected 50 tokens; UltraFeedback: 17
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 
 from train.data import Group, Pair
 
-__all__ = ["MIXES", "SHAPES", "Mix", "build_model", "make_groups", "word_tokenizer"]
+__all__ = ["MIXES", "SHAPES", "Mix", "build_model", "clean", "make_groups", "word_tokenizer"]
 
 VOCABULARY = 49_152
 EOS = 2
@@ -132,3 +133,12 @@ def word_tokenizer() -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", bos_token="<s>"
     )
+
+
+def clean(device: str) -> None:
+    """Forget compiled code and free memory between jobs."""
+    gc.collect()
+    torch._dynamo.reset()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
