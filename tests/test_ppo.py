@@ -49,7 +49,7 @@ def never(prompts: list[Any], completions: list[str]) -> list[float | None]:
 
 
 def function(name: str) -> RewardSource:
-    return RewardSource(kind="function", function=f"{__name__}:{name}")
+    return RewardSource(kind="function", function=f"tests.test_ppo:{name}")
 
 
 @pytest.fixture(scope="module")
@@ -391,7 +391,7 @@ def test_reward_functions_that_do_not_exist(options: Callable[..., PpoOptions]) 
     with pytest.raises(RecipeError, match="cannot import 'nowhere'"):
         ppo.train(options(reward=RewardSource(kind="function", function="nowhere:f")))
     with pytest.raises(RecipeError, match="no function 'g'"):
-        ppo.train(options(reward=RewardSource(kind="function", function=f"{__name__}:g")))
+        ppo.train(options(reward=RewardSource(kind="function", function="tests.test_ppo:g")))
 
 
 # --- learning, and what bounds it

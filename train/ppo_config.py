@@ -144,6 +144,8 @@ class PpoOptions:
     """Share of GPU memory that vLLM may take while it is awake."""
     vllm_sleep: bool = True
     """vLLM frees its memory between rollouts (CUDA)."""
+    vllm_eager: bool = False
+    """vLLM without compilation and graphs: starts a minute sooner, samples slower."""
     importance_cap: float = 2.0
     """Cap of the weights that correct for the sampler's log-probabilities; 0: no correction."""
     sampler_tolerance: float = 0.2

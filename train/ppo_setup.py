@@ -182,7 +182,7 @@ def set_up(options: PpoOptions) -> Run:
         value_optimiser=Optimiser(
             module.value_module(), rate=value_rate, options=options, processes=processes
         ),
-        sampler=_open_sampler(options, networks, device),
+        sampler=_open_sampler(options, networks, device, processes),
         plan=sampling_plan(options, networks),
         scorer=open_reward(options.reward, device=options.device, references=references),
         maker=RowMaker(
@@ -244,12 +244,16 @@ def sampling_plan(options: PpoOptions, networks: Networks) -> SamplingPlan:
     )
 
 
-def _open_sampler(options: PpoOptions, networks: Networks, device: str) -> Sampler:
+def _open_sampler(options: PpoOptions, networks: Networks, device: str, processes: int) -> Sampler:
     kind = options.sampler
     if kind == "auto":
         installed = importlib.util.find_spec("vllm") is not None
-        kind = "vllm" if device == "cuda" and installed else "cached"
+        kind = "vllm" if device == "cuda" and installed and processes == 1 else "cached"
     policy = networks.module.policy
+    if kind == "vllm" and processes > 1:
+        raise RecipeError(
+            "sampler 'vllm' runs beside a trainer of one process; use --sampler cached with several"
+        )
     if kind == "cached":
         return CachedSampler(policy)
     if kind == "generate":
@@ -258,10 +262,10 @@ def _open_sampler(options: PpoOptions, networks: Networks, device: str) -> Sampl
 
     return VllmSampler(
         policy,
-        networks.tokenizer,
         max_length=options.max_prompt_tokens + options.max_tokens,
         memory=options.vllm_memory,
         sleep=options.vllm_sleep,
+        eager=options.vllm_eager,
         seed=options.seed,
     )
 

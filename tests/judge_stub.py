@@ -1,4 +1,4 @@
-"""A judge whose answers are written down: a backend for tests of what stands on judges."""
+"""A judge whose probabilities a test writes, by the text of each question."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from feedback.judge import Judge
 from feedback.records import JudgeIdentity
 from feedback.templates import load_template
 
-__all__ = ["Scripted", "between", "scripted_judge"]
+__all__ = ["StubBackend", "between", "stub_judge"]
 
 Answer = Callable[[str], dict[str, float] | str]
 """From the text of a question to probabilities of the labels, or to the words of an error."""
 
 
-class Scripted:
+class StubBackend:
     """Answers every call by a function of its text."""
 
-    identity = JudgeIdentity(model="scripted")
+    identity = JudgeIdentity(model="stub")
 
     def __init__(self, answer: Answer):
         self.answer = answer
@@ -35,12 +35,13 @@ class Scripted:
             found = self.answer(text)
             if isinstance(found, str):
                 yield JudgeReply(call_id=call.call_id, error=found)
-            else:
-                logprobs = {label: math.log(p) for label, p in found.items() if p > 0}
-                yield JudgeReply(
-                    call_id=call.call_id, text=max(found, default="", key=found.__getitem__),
-                    finish_reason="length", choice_logprobs=logprobs,
-                )  # fmt: skip
+                continue
+            yield JudgeReply(
+                call_id=call.call_id,
+                text=max(found, default="", key=found.__getitem__),
+                finish_reason="length",
+                choice_logprobs={label: math.log(p) for label, p in found.items() if p > 0},
+            )
 
     def sample(self, calls: Iterable[SampleCall]) -> Iterator[SampleReply]:
         raise NotImplementedError
@@ -49,9 +50,9 @@ class Scripted:
         pass
 
 
-def scripted_judge(template: str, answer: Answer) -> tuple[Judge, Scripted]:
+def stub_judge(template: str, answer: Answer) -> tuple[Judge, StubBackend]:
     """Return a judge on a shipped template, and the backend that answers it."""
-    backend = Scripted(answer)
+    backend = StubBackend(answer)
     return Judge(identity=backend.identity, template=load_template(template)), backend
 
 

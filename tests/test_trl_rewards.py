@@ -1,0 +1,160 @@
+"""The judge inside TRL's own trainers: GRPO, RLOO, and a win rate while they train."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from judge_stub import between, stub_judge
+
+from feedback.errors import InputError
+from feedback.records import content_id
+from train.rewards_judge import JudgeReward
+from train.trl_rewards import JudgeRewards, WinRateCallback
+
+PROMPTS = ["say a word", "why", "count", "go on"]
+
+
+def likes_e(text: str) -> dict[str, float] | str:
+    """A rating that grows with the number of e; fails on replies that begin with z."""
+    reply = between(text, "<reply>", "</reply>")
+    if reply.startswith("z"):
+        return "the endpoint was busy"
+    p = min(0.1 + 0.2 * reply.count("e"), 0.9)
+    return {"1": 1 - p, "5": p}
+
+
+def prefers_e(text: str) -> dict[str, float] | str:
+    first = between(text, "<reply_a>", "</reply_a>").count("e")
+    second = between(text, "<reply_b>", "</reply_b>").count("e")
+    p = 0.5 + 0.4 * math.tanh(first - second)
+    return {"A": p, "B": 1 - p}
+
+
+def test_rewards_of_text_and_of_messages_are_the_same() -> None:
+    """e once: p = 0.3, reward 2 * 0.3 - 1 = -0.4."""
+    judge, backend = stub_judge("rating", likes_e)
+    rewards = JudgeRewards(scorer=JudgeReward(judge, backend))
+    logged: dict[str, float] = {}
+    found = rewards(
+        prompts=PROMPTS[:3], completions=["e", "zz", "ee"], log_metric=logged.__setitem__
+    )
+    assert found == [pytest.approx(-0.4), None, pytest.approx(0.0)]
+    assert logged == {"judge/failed": pytest.approx(1 / 3)}
+    messages = rewards(
+        prompts=[[{"role": "user", "content": prompt}] for prompt in PROMPTS[:3]],
+        completions=[[{"role": "assistant", "content": text}] for text in ("e", "zz", "ee")],
+    )
+    assert messages == [pytest.approx(-0.4), None, pytest.approx(0.0)]
+    assert rewards.__name__ == "judge"
+
+
+def test_pairwise_rewards_take_references_from_the_data_set() -> None:
+    judge, backend = stub_judge("pairwise", prefers_e)
+    rewards = JudgeRewards(scorer=JudgeReward(judge, backend), reference="best")
+    found = rewards(prompts=PROMPTS[:2], completions=["eee", "e"], best=["e", "eee"], other=[1, 2])
+    gap = 0.8 * math.tanh(2)
+    assert found == [pytest.approx(gap), pytest.approx(-gap)]
+    with pytest.raises(InputError, match="no column 'best'"):
+        rewards(prompts=PROMPTS[:1], completions=["e"])
+
+
+@pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
+def test_a_trainer_of_trl_learns_from_the_judge(
+    kind: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Failed calls are missing rewards there, and the reward that is logged is the judge's."""
+    import trl
+    from datasets import Dataset
+
+    judge, backend = stub_judge("rating", likes_e)
+    rewards = JudgeRewards(scorer=JudgeReward(judge, backend))
+    settings = getattr(trl, f"{kind}Config")(
+        output_dir=str(tmp_path), max_steps=6, num_generations=4, max_completion_length=8,
+        per_device_train_batch_size=16, learning_rate=1e-2, report_to="none", use_cpu=True,
+        bf16=False, logging_steps=1, save_strategy="no", gradient_checkpointing=False, seed=1,
+        beta=0.0, disable_tqdm=True,
+    )  # fmt: skip
+    compare, answers = stub_judge("pairwise", prefers_e)
+    trainer = getattr(trl, f"{kind}Trainer")(
+        model=str(tiny_model),
+        reward_funcs=rewards,
+        args=settings,
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]),
+    )
+    callback = WinRateCallback(
+        trainer, prompts=["hello", "what now", "tell me"] * 8, every=6, max_tokens=8,
+        scorer=JudgeReward(compare, answers),
+    )  # fmt: skip
+    trainer.add_callback(callback)
+    trainer.train()
+    logged = [row for row in trainer.state.log_history if "reward" in row]
+    assert len(logged) == 6
+    assert all(math.isfinite(row["reward"]) for row in logged)
+    assert rewards.scorer.outcomes["decided"] > 0
+    wins = [row for row in trainer.state.log_history if "judge/win_rate" in row]
+    assert len(wins) == 1
+    assert wins[0]["judge/win_rate_low"] <= wins[0]["judge/win_rate"]
+    assert wins[0]["judge/win_rate"] <= wins[0]["judge/win_rate_high"]
+    assert answers.asked
+    json.dumps(trainer.state.log_history)
+
+
+class _Trainer:
+    """What the callback needs of a trainer."""
+
+    def __init__(self, folder: Path):
+        from accelerate import Accelerator
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.accelerator = Accelerator(cpu=True)
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.processing_class = AutoTokenizer.from_pretrained(folder)
+        self.logged: list[dict[str, float]] = []
+
+    def log(self, figures: dict[str, float]) -> None:
+        self.logged.append(figures)
+
+
+def test_the_win_rate_by_hand(tiny_model: Path) -> None:
+    """Against given texts: more e wins, equal texts are level without a call, a failure is out."""
+    judge, backend = stub_judge(
+        "pairwise", lambda text: "busy" if "mute" in text else prefers_e(text)
+    )
+    trainer: Any = _Trainer(tiny_model)
+    callback = WinRateCallback(
+        trainer, prompts=["a", "b", "c", "d"], baseline=["", "same", "eee", "mute"],
+        scorer=JudgeReward(judge, backend),
+    )  # fmt: skip
+    callback._sample = lambda seed: ["e", "same", "e", "e"]  # type: ignore[method-assign]
+    callback.on_evaluate(None, None, None)
+    found = trainer.logged[0]
+    assert found["judge/win_rate"] == pytest.approx((1 + 0.5 + 0) / 3)
+    assert found["judge/undecided"] == 0.25
+    assert len(backend.asked) == 2 * 3
+    assert callback.latest is not None
+    assert callback.latest.n == 3
+
+
+def test_a_baseline_is_sampled_from_the_starting_model(tiny_model: Path) -> None:
+    judge, backend = stub_judge("pairwise", prefers_e)
+    trainer: Any = _Trainer(tiny_model)
+    callback = WinRateCallback(
+        trainer, prompts=PROMPTS, max_tokens=6, scorer=JudgeReward(judge, backend)
+    )
+    callback.on_train_begin(None, None, None)
+    first = list(callback.baseline or [])
+    assert len(first) == 4
+    assert callback._sample(callback.seed + 1) == first
+    assert callback._sample(callback.seed + 2) != first
+    with torch.no_grad():
+        trainer.model.get_output_embeddings().weight[70:80] += 2.0
+    callback.on_evaluate(None, None, None)
+    assert set(trainer.logged[0]) >= {"judge/win_rate", "judge/undecided"}
+    assert callback.scorer.references[content_id(PROMPTS[0])] == first[0]
+    with pytest.raises(InputError, match="needs prompts"):
+        WinRateCallback(trainer, prompts=[], scorer=JudgeReward(judge, backend))
