@@ -86,13 +86,14 @@ def draw(
 def _adopt(svg: str, name: str, alt: str) -> Markup:
     """Return matplotlib's SVG as a part of the page."""
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
     head, rest = svg.split(">", 1)
     box = re.search(r'viewBox="[^"]+"', head)
     assert box is not None, "matplotlib writes a viewBox"
     for mark, colour in _COLOURS.items():
         rest = rest.replace(mark, colour)
     rest = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font-size: \1", rest)
+    rest = re.sub(r"font-family: [^;\"]+(; )?", "", rest)
     prefix = re.sub(r"[^a-z0-9]+", "-", name.lower())
     rest = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', rest)
     rest = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", rest)
@@ -122,8 +123,8 @@ def curve_plot(
             axes.plot(steps, smooth, color=colour, label=_plain(label))
         if fair is not None:
             axes.axhline(fair, color=SOFT, linewidth=0.7, linestyle=(0, (3, 3)))
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
+        axes.set_xlabel(_plain(x_label))
+        axes.set_ylabel(_plain(y_label))
         if len(series) > 1:
             axes.legend()
 
@@ -166,8 +167,8 @@ def histogram_plot(
             edgecolor=PAPER,
             linewidth=0.6,
         )
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
+        axes.set_xlabel(_plain(x_label))
+        axes.set_ylabel(_plain(y_label))
         axes.set_xlim(*bounds)
         if len(groups) > 1:
             axes.legend()
@@ -197,7 +198,7 @@ def interval_plot(
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
-        axes.set_xlabel(x_label)
+        axes.set_xlabel(_plain(x_label))
         if bounds is not None:
             axes.set_xlim(*bounds)
 
@@ -224,8 +225,8 @@ def reliability_plot(
             size = 16 + 60 * (count / largest)
             axes.scatter([stated], [observed], s=size, color=SERIES[0], zorder=3)
         axes.set_xlim(bounds[0] - 0.02, bounds[1] + 0.02)
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
+        axes.set_xlabel(_plain(x_label))
+        axes.set_ylabel(_plain(y_label))
 
     return draw(paint, name=name, alt=f"{y_label} against {x_label}", height=3.4)
 
@@ -248,8 +249,8 @@ def band_plot(
         axes.plot(x, middle, color=SERIES[0])
         if fair is not None:
             axes.axhline(fair, color=SOFT, linewidth=0.7, linestyle=(0, (3, 3)))
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
+        axes.set_xlabel(_plain(x_label))
+        axes.set_ylabel(_plain(y_label))
 
     return draw(paint, name=name, alt=f"{y_label} over {x_label}")
 
