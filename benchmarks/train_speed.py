@@ -267,7 +267,7 @@ Job = tuple[str, Callable[[], dict[str, Any]]]
 
 def jobs(args: argparse.Namespace) -> list[Job]:
     """Return the named jobs, most important first."""
-    batches = {"362m": (16, 32), "1500m": (4, 8), "tiny": (4,)}[args.shape]
+    batches = args.batches or {"362m": (16, 32), "1500m": (4, 8), "tiny": (4,)}[args.shape]
     flex = args.device == "cuda"
     listed: list[Job] = [("ours dpo", lambda: ours("dpo", args))]
     for batch in batches:
@@ -416,6 +416,7 @@ def main() -> None:
     parser.add_argument("--row-tokens", type=int, default=65536)
     parser.add_argument("--minutes", type=float, default=8.0, help="start no job after this")
     parser.add_argument("--jobs", nargs="*", default=[], help="only jobs whose name holds a word")
+    parser.add_argument("--batches", type=int, nargs="*", help="micro-batches to search for TRL")
     parser.add_argument("--profile", action="store_true", help="print one step's kernels")
     parser.add_argument("--no-proof", action="store_true")
     parser.add_argument("--attention", default="auto", help="kernel of our side")
