@@ -55,9 +55,9 @@ _PLAIN = frozenset(
         a account alright also am an and any appointment are at bus but cab can car certainly city
         confirm correct could date details did do does doctor event flight for from got hotel how i
         i'd i'll i'm i've if in is it it's just may movie my no of ok okay on or our please pm
-        rental restaurant ride room salon shall should so sure table thank thanks that the theater there
-        this ticket tickets time to train transfer was we were what when where which who whom will
-        would yes you your
+        rental restaurant ride room salon shall should so sure table thank thanks that the theater
+        there this ticket tickets time to train transfer was we were what when where which who whom
+        will would yes you your
         """,
     )
 )
