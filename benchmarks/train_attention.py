@@ -102,17 +102,18 @@ def prove(shape: str, mix: str, kernels: list[str]) -> dict[str, float]:
     return found
 
 
+# Rows per tile to (keys per step, warps, stages): what is worth trying for short and long runs.
 SETTINGS = {
-    64: ((32, 4, 2), (32, 4, 3), (64, 4, 2), (64, 4, 3)),
-    128: ((64, 4, 2), (64, 8, 2), (64, 8, 3), (128, 8, 2)),
+    "hh": {64: ((32, 4, 2), (64, 4, 2), (64, 4, 3), (64, 8, 2)), 128: ((64, 8, 2),)},
+    "uf": {64: ((64, 4, 2),), 128: ((64, 4, 2), (64, 8, 2), (64, 8, 3), (128, 8, 2))},
 }
 KERNELS = {"forward": "_forward_kernel", "query": "_query_kernel", "keys": "_key_kernel"}
 
 
-def tune(batch: PackedBatch, parts: list[torch.Tensor]) -> list[dict[str, Any]]:
+def tune(mix: str, batch: PackedBatch, parts: list[torch.Tensor]) -> list[dict[str, Any]]:
     """Return the time of each of the Triton kernels, in ms, at each of the settings."""
     rows = []
-    for tile, choices in SETTINGS.items():
+    for tile, choices in SETTINGS[mix].items():
         layout = tile_layout(batch.runs, len(batch.input_ids), tile=tile)
         run = runner(batch.with_layout(layout).to("cuda"), parts)
         for step, warps, stages in choices:
@@ -148,7 +149,7 @@ def kernel_times(run: Callable[[], Any]) -> dict[str, float]:
 def choose(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Set, and return, each kernel's quickest settings for each size of tile."""
     chosen = []
-    for tile, kernel in itertools.product(SETTINGS, KERNELS):
+    for tile, kernel in itertools.product((64, 128), KERNELS):
         timed = [row for row in rows if row["tile"] == tile and kernel in row]
         if timed:
             best = min(timed, key=lambda row: row[kernel])
@@ -165,10 +166,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--row-tokens", type=int, default=65536)
     parser.add_argument("--tune", action="store_true", help="also time the kernel's settings")
-    parser.add_argument("--configs", default="", help="file that gets the settings chosen last")
+    parser.add_argument("--configs", default="", help="file that gets the settings chosen")
+    parser.add_argument("--kernels", nargs="*", default=["triton", "varlen", "flex"])
     parser.add_argument("--out", default="")
     args = parser.parse_args()
-    kernels = ["triton", "flex", "varlen"]
+    kernels = [name for name in ("triton", "varlen", "flex") if name in args.kernels]
     figures: dict[str, float] = {}
     runs: list[dict[str, Any]] = []
     for shape, mix, completions in (("362m", "hh", 2), ("1500m", "uf", 2), ("362m", "uf", 8)):
@@ -179,18 +181,18 @@ def main() -> None:
         parts = inputs(shape, args.row_tokens, torch.bfloat16)
         label = f"{shape}_{mix}_k{completions}"
         if args.tune and completions == 2:
-            rows = tune(batch, parts)
+            rows = tune(mix, batch, parts)
             runs += [row | {"work": label} for row in rows]
             for row in choose(rows):
                 print(f"  chosen for {label}: {row}", flush=True)
+            if args.configs:
+                chosen = [[*key, *value] for key, value in triton_attention._CONFIGS.items()]
+                Path(args.configs).write_text(json.dumps(chosen))
         for kernel in kernels:
             torch._dynamo.reset()
             took = seconds(runner(with_layout(batch, kernel).to("cuda"), parts)) * 1e3
             figures[f"{kernel}_{label}_ms"] = took
             print(f"{label} {kernel:7s} {took:7.3f} ms forward and backward", flush=True)
-    if args.configs:
-        rows = [[*key, *value] for key, value in triton_attention._CONFIGS.items()]
-        Path(args.configs).write_text(json.dumps(rows))
     if args.out:
         write_json(
             Path(args.out) / "train_attention.json",

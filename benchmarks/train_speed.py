@@ -124,8 +124,8 @@ def ours(
         groups=groups,
         callbacks=[clock],
     )
-    if args.profile and cuda:
-        trainer.add_callback(Profile(warm + 2))
+    if args.profile and cuda and name == "dpo" and not changes:
+        trainer.add_callback(Profile(warm - 1))  # before the clock starts
     built = time.perf_counter()
     trainer.train()
     plan = [plan for epoch in range(100) for plan in trainer.steps.plan(epoch)]
@@ -241,7 +241,7 @@ class Profile(TrainerCallback):
     """Prints where one step's device time goes."""
 
     def __init__(self, step: int):
-        self.step, self.profiler = step, None
+        self.step, self.profiler, self.done = step, None, None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """React to the event of this name."""
@@ -255,7 +255,12 @@ class Profile(TrainerCallback):
         if self.profiler is not None:
             torch.cuda.synchronize()
             self.profiler.__exit__(None, None, None)
-            table = self.profiler.key_averages()
+            self.done, self.profiler = self.profiler, None
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """React to the event of this name."""
+        if self.done is not None:
+            table = self.done.key_averages()
             print(
                 table.table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=75)
             )
