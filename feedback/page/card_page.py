@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
 from feedback.card import ArmCard, ReportCard, read_card
 from feedback.figures import CardSection, CardTable, Figure
-from feedback.gate import GateResult
+from feedback.gate import GateResult, GateRow
 from feedback.intervals import Estimate
 from feedback.observations import Material, Pairs
 from feedback.page.browser import PairView, VerdictView, browser
@@ -69,7 +70,7 @@ def card_page(
         for row in gate.rows
     }
     several = len(card.arms) > 1
-    gate_section = _gate_section(gate, card)
+    gate_section = _gate_section(gate, card, states)
     sections = [gate_section] if several else [_overview(card.arms[0], states, ""), gate_section]
     for number, (arm, pairs) in enumerate(zip(card.arms, arms, strict=True)):
         prefix = f"arm{number}-" if several else ""
@@ -146,7 +147,7 @@ def _facts(card: ReportCard, gate: GateResult) -> list[tuple[str, str]]:
     return facts
 
 
-def _gate_section(gate: GateResult, card: ReportCard) -> Section:
+def _gate_section(gate: GateResult, card: ReportCard, states: States) -> Section:
     words = {
         "passed": "No threshold is clearly broken: labels may be made from these verdicts.",
         "accepted": "Some thresholds are broken, and were accepted by name.",
@@ -158,15 +159,15 @@ def _gate_section(gate: GateResult, card: ReportCard) -> Section:
     several = len(card.arms) > 1
     rows = [
         [
+            Cell("", state=states[row.arm, row.name]),
             *([row.arm] if several else []),
             row.name,
-            Cell(Estimate(row.value, row.low, row.high, row.n, row.n, "")),
+            _gate_value(row),
             row.rule,
-            Cell("", state=row.state),
         ]
         for row in gate.rows
     ]
-    columns = [*(["Judge"] if several else []), "Figure", "Value", "Must be", ""]
+    columns = ["", *(["Judge"] if several else []), "Figure", "Value", "Must be"]
     if rows:
         blocks.append(table(columns, rows))
     if gate.unclear:
@@ -174,6 +175,12 @@ def _gate_section(gate: GateResult, card: ReportCard) -> Section:
             note("Unclear: the interval reaches across the threshold. More pairs would decide it.")
         )
     return Section("gate", "The gate", "", blocks)
+
+
+def _gate_value(row: GateRow) -> Any:
+    if row.low is None and row.value == row.n:
+        return row.n
+    return Cell(Estimate(row.value, row.low, row.high, row.n, row.n, ""))
 
 
 def _overview(arm: ArmCard, states: States, prefix: str) -> Section:
