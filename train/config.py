@@ -108,6 +108,9 @@ class TrainOptions:
     quantize: Literal["none", "4bit", "8bit"] = "none"
     """Load the frozen weights quantised (QLoRA); needs lora_rank, CUDA and bitsandbytes."""
 
+    accept_bias: tuple[str, ...] = ()
+    """Figures of the judge's report card whose failure you accept by name; labels whose judge
+    failed are refused otherwise."""
     eval_data: tuple[str, ...] = ()
     """Shard folders or files to evaluate on."""
     eval_share: float = 0.0

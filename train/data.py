@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from feedback.errors import InputError, ShardError
+from feedback.gate import require_gate
 from feedback.records import (
     Preference,
     PromptText,
@@ -25,7 +26,7 @@ from feedback.records import (
     content_id,
     normalise_text,
 )
-from feedback.shards import folder_kind, read_rows, shard_paths
+from feedback.shards import MANIFEST, folder_kind, read_rows, shard_paths
 from train.chat import ChatFormat, DataReport
 
 __all__ = [
@@ -96,6 +97,7 @@ def read_groups(
     max_length: int,
     overlong: Overlong = "truncate",
     row_tokens: int = 0,
+    accept_bias: Sequence[str] = (),
 ) -> tuple[list[Group], DataReport]:
     """Read preferences and rankings folders (or JSONL files) as tokenised groups.
 
@@ -108,10 +110,15 @@ def read_groups(
         max_length: tokens of a prompt plus one completion, at most.
         overlong: what to do with longer ones.
         row_tokens: groups larger than this are split by completions; 0: never.
+        accept_bias: figures of the judge's report card whose failure is accepted by name.
 
     Raises:
         InputError: a row is wrong, nothing is left to train on, or ``overlong`` is error.
+        GateRefused: the labels' judge failed its report card, and nobody accepted that.
     """
+    for source in map(Path, sources):
+        if (source / MANIFEST).is_file():
+            require_gate(source, accept=accept_bias)
     report = DataReport()
     chat = ChatFormat(tokenizer, report=report)
     drafts = _drafts(sources, report)

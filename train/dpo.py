@@ -246,6 +246,7 @@ def _prepare(options: DpoOptions, tokenizer: Any) -> _Prepared:
         "max_length": options.max_length,
         "overlong": options.overlong,
         "row_tokens": row_tokens_of(options),
+        "accept_bias": options.accept_bias,
     }
     groups, report = read_groups(options.data, tokenizer, **limits)
     groups = _usable(groups, options, report)

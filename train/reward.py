@@ -150,6 +150,7 @@ def read_reward_groups(
         max_length=options.max_length,
         overlong=options.overlong,
         row_tokens=row_tokens_of(options),
+        accept_bias=options.accept_bias,
     )
     groups = with_ranked_pairs(groups)
     if options.loss == "plackett-luce":

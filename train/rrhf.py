@@ -183,6 +183,7 @@ def run(options: RrhfOptions) -> None:
         "max_length": options.max_length,
         "overlong": options.overlong,
         "row_tokens": row_tokens_of(options),
+        "accept_bias": options.accept_bias,
     }
     groups, report = read_groups(options.data, tokenizer, **limits)
     groups = rank_candidates(groups, report, options)

@@ -256,6 +256,7 @@ def _pairs(options: Any, tokenizer: Any, *, soft_labels: bool, ties: Any) -> _Da
         "max_length": options.max_length,
         "overlong": options.overlong,
         "row_tokens": row_tokens_of(options),
+        "accept_bias": options.accept_bias,
     }
     groups, report = read_groups(options.data, tokenizer, **limits)
     groups = with_ranked_pairs(groups)
