@@ -91,6 +91,7 @@ def train(options: PpoOptions) -> Trained:
         if this.gold is not None and not this.guard.best:
             probe(this, store, step=0)
         while progress.step < options.steps and not progress.stopped:
+            began = time.perf_counter()
             if progress.rollout is None:
                 progress.rollout = roll_out(this, progress.step)
                 store.stop_if_asked(stop, progress)
@@ -122,7 +123,8 @@ def train(options: PpoOptions) -> Trained:
             metrics["lr"] = options.learning_rate * schedule(progress.step)
             this.controller.update(metrics["objective/kl"], int(metrics["completions"]))
             progress.next_step()
-            store.log({"step": progress.step, **metrics, **this.clock.drain()})
+            phases = {**this.clock.drain(), "time/step": time.perf_counter() - began}
+            store.log({"step": progress.step, **metrics, **phases})
             if 0 < options.max_kl < metrics["objective/kl"]:
                 progress.stopped = f"the KL to the reference exceeds {options.max_kl} nats"
             if this.gold is not None and progress.step % options.guard.every == 0:

@@ -167,5 +167,5 @@ def _print_step(metrics: dict[str, float], steps: int) -> None:
     parts = [f"{label} {metrics[name]:{form}}" for label, name, form in shown]
     if metrics["completion/failed"]:
         parts.append(f"without a score {metrics['completion/failed']:.1%}")
-    seconds = sum(value for name, value in metrics.items() if name.startswith("time/"))
+    seconds = metrics["time/step"]
     sys.stderr.write(f"step {int(metrics['step'])}/{steps}  {'  '.join(parts)}  {seconds:.1f} s\n")
