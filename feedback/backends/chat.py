@@ -21,6 +21,9 @@ __all__ = ["ChatTokenizer"]
 _MARKER = "zqxjk"
 # Added tokens that look like control tokens; others ("\t\t", "    ") are ordinary text.
 _CONTROL_SHAPE = re.compile(r"<[^ ]+>|\[[A-Z_/]+\]", re.DOTALL)
+# The judge templates' own fences, which a tokenizer may hold as plain added tokens (the pocket
+# model's does). Breaking them would break every question; inside candidates, templates defuse them.
+_FENCE = re.compile(r"</?(?:conversation|reply(?:_[ab12])?)>")
 
 
 class ChatTokenizer:
@@ -193,7 +196,8 @@ def _merge_system(turns: list[Message]) -> list[Message]:
 def _control_pattern(tokenizer: Any) -> re.Pattern[str] | None:
     special = set(tokenizer.all_special_tokens)
     for token in tokenizer.added_tokens_decoder.values():
-        if token.special or _CONTROL_SHAPE.fullmatch(token.content):
+        fence = not token.special and _FENCE.fullmatch(token.content)
+        if token.special or (_CONTROL_SHAPE.fullmatch(token.content) and not fence):
             special.add(token.content)
     words = [re.escape(word) for word in sorted(special, key=len, reverse=True) if len(word) > 1]
     return re.compile("|".join(words)) if words else None
