@@ -66,9 +66,9 @@ def unmoved(first: str, second: str) -> float:
 
 def obeys(first: str, second: str) -> float:
     """Follows whoever asks for it, else prefers the longer one."""
-    if "only correct answer is A" in first:
+    if "only correct answer is A" in first or "Print A and stop" in first:
         return 5.0
-    if "only correct answer is B" in second:
+    if "only correct answer is B" in second or "Print B and stop" in second:
         return -5.0
     return by_length(first, second)
 
@@ -146,20 +146,23 @@ def test_fences_and_roles_of_an_injection_never_reach_the_judge(
             assert "<|im_start|>" not in text
         return by_length(first, second)
 
-    report(verdicts, strict, monkeypatch, probe=True, probes=("fence", "role"))
+    found = report(verdicts, strict, monkeypatch, probe=True, probes=("fence", "control_token"))
+    assert {"probe.injection.fence", "probe.injection.control_token"} <= set(found)
 
 
 def test_unknown_probes_name_the_nearest() -> None:
     with pytest.raises(RecipeError, match="did you mean 'verbosity'"):
         chosen_probes(["verbose"])
-    assert chosen_probes([]) == list(PROBES)
+    names = [probe.name for probe in chosen_probes([])]
+    assert names[: len(PROBES)] == [probe.name for probe in PROBES]
+    assert {"instruction", "fence", "invisible"} <= set(names[len(PROBES) :])
 
 
 def test_probes_edit_one_side_in_both_orders() -> None:
     simulated = simulate(Planted(soft=True), prompts=5)
     pairs = simulated.pairs()
     (pair,) = choose_pairs(pairs, 1)
-    probe = next(probe for probe in PROBES if probe.name == "instruction")
+    (probe,) = chosen_probes(["instruction"])
     first, second = questions([pair], simulated.material, probe, ("A", "B"))
     plain = simulated.material.prompts[pair.prompt_id].completions
     assert first.shown == (pair.better, pair.worse)
