@@ -284,7 +284,7 @@ def _packed_forward(base: Any, request: _Request) -> Any:
     if request.head == "hidden":
         return hidden
     if request.head == "rewards":
-        return base.score(hidden[batch.last_tokens])[:, 0].float()
+        return _rewards(base.score, hidden[batch.last_tokens])
     head = base.get_output_embeddings()
     # Prompts end here: only positions that predict a counted token reach the head.
     chosen, weight, bias = hidden[batch.predictors], head.weight, head.bias
@@ -299,6 +299,14 @@ def _packed_forward(base: Any, request: _Request) -> Any:
         chunk=request.chunk,
         entropy=request.entropy,
     )
+
+
+def _rewards(head: Any, hidden: Tensor) -> Tensor:
+    """Return the head's scores in float32: bfloat16 would round rewards to three digits."""
+    if not isinstance(head, nn.Linear):  # wrapped, beside adapters
+        return head(hidden)[:, 0].float()
+    with torch.autocast(hidden.device.type, enabled=False):
+        return nn.functional.linear(hidden.float(), head.weight.float())[:, 0]
 
 
 def packed_hidden(model: Any, batch: PackedBatch) -> Tensor:
