@@ -153,7 +153,7 @@ def choose(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     chosen = []
     for tile, kernel in itertools.product((64, 128), KERNELS):
         timed = [row for row in rows if row["tile"] == tile and kernel in row]
-        if timed:
+        if len(timed) > 1:
             best = min(timed, key=lambda row: row[kernel])
             settings = (best["step"], best["warps"], best["stages"])
             triton_attention._CONFIGS[kernel, tile] = settings
