@@ -96,6 +96,8 @@ class VllmSampler:
             self.engine.collective_rpc(
                 "reload_weights", kwargs={"weights_iterator": full_weights(policy)}
             )
+            if base_model(policy).config.tie_word_embeddings:
+                self.engine.apply_model(_repack_tied_head)
         if self.sleeps and not self.awake:
             self.engine.wake_up(tags=["kv_cache"])
         self.awake = True
@@ -165,6 +167,13 @@ class _Loader:
 
     def __call__(self, model: Any) -> None:
         model.load_weights(full_weights(self.policy))
+
+
+def _repack_tied_head(model: Any) -> None:
+    """Renew the CPU copy of an output embedding that is the input embedding; a reload skips it."""
+    head = model.lm_head
+    head.weight = model.model.embed_tokens.weight
+    head.quant_method.process_weights_after_loading(head)
 
 
 def _sample(output: Any) -> Sample:
