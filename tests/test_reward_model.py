@@ -167,6 +167,16 @@ def test_too_long_for_the_context_is_an_error(reward_model: RewardModel) -> None
         reward_model.score(["Hi"], ["Hello " * 20])
 
 
+def test_half_precision_does_not_round_rewards(reward_model: RewardModel, tmp_path: Path) -> None:
+    reward_model.save(tmp_path)
+    half = RewardModel.load(tmp_path, device="cpu", precision="bfloat16")
+    rewards = half.score(PROMPTS, COMPLETIONS)
+    torch.testing.assert_close(
+        rewards, reward_model.score(PROMPTS, COMPLETIONS), atol=0.05, rtol=0.05
+    )
+    assert bool((rewards.bfloat16().float() != rewards).any())
+
+
 def test_a_language_model_is_no_reward_model(tiny_model: Path) -> None:
     with pytest.raises(InputError, match="rlaif reward"):
         RewardModel.load(tiny_model, device="cpu")
