@@ -20,6 +20,7 @@ from feedback.intervals import group_sums
 
 __all__ = [
     "Discordance",
+    "approximate_items",
     "discordance",
     "holm",
     "mcnemar",
@@ -31,6 +32,7 @@ __all__ = [
 Floats = npt.NDArray[np.float64]
 # Up to so many prompts with a difference, all sign patterns are enumerated.
 _EXACT_PROMPTS = 16
+_EXACT_ITEMS = 20_000
 
 
 class Discordance(NamedTuple):
@@ -107,11 +109,14 @@ def sign_flip_test(
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return p-values adjusted for several comparisons, in the order given (Holm 1979)."""
-    from statsmodels.stats.multitest import multipletests
-
-    if not p_values:
-        return []
-    return [float(value) for value in multipletests(list(p_values), method="holm")[1]]
+    count = len(p_values)
+    order = sorted(range(count), key=lambda place: p_values[place])
+    adjusted, worst = [0.0] * count, 0.0
+    for rank, place in enumerate(order):
+        # The smallest faces all comparisons, the next one fewer; never below its predecessor.
+        worst = max(worst, min((count - rank) * p_values[place], 1.0))
+        adjusted[place] = worst
+    return adjusted
 
 
 def mcnemar_power(items: int, *, rate: float, difference: float, alpha: float = 0.05) -> float:
@@ -145,19 +150,33 @@ def mcnemar_power(items: int, *, rate: float, difference: float, alpha: float = 
     return power
 
 
+def approximate_items(
+    rate: float, difference: float, *, alpha: float = 0.05, power: float = 0.8
+) -> int:
+    """Return how many items McNemar's test needs, by the normal approximation (Connor 1987)."""
+    from scipy import stats
+
+    z_level, z_power = float(stats.norm.ppf(1 - alpha / 2)), float(stats.norm.ppf(power))
+    spread = math.sqrt(max(rate - difference**2, 0.0))
+    return math.ceil(((z_level * math.sqrt(rate) + z_power * spread) / difference) ** 2)
+
+
 def needed_items(*, rate: float, difference: float, alpha: float = 0.05, power: float = 0.8) -> int:
-    """Return how many items the exact McNemar test needs, by bisection on its exact power.
+    """Return how many items the exact McNemar test needs: by bisection on its exact power.
+
+    Beyond 20,000 items, where exact sums are slow and no better, the normal approximation serves.
 
     Raises:
         ValueError: the difference is not positive, or larger than the rate.
     """
     if difference <= 0:
         raise ValueError("no number of items shows a difference of 0")
-    low, high = 1, 16
+    near = approximate_items(rate, difference, alpha=alpha, power=power)
+    if near > _EXACT_ITEMS:
+        return near
+    low, high = near // 2, near
     while mcnemar_power(high, rate=rate, difference=difference, alpha=alpha) < power:
-        low, high = high, high * 2
-        if high > 2_000_000:
-            return high
+        low, high = high, high + max(high // 8, 1)
     while high - low > 1:
         middle = (low + high) // 2
         reached = mcnemar_power(middle, rate=rate, difference=difference, alpha=alpha) >= power

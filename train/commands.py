@@ -81,6 +81,11 @@ COMMANDS: dict[str, Command] = {
         "train.evaluate:run",
         "policy against policy, by judges and checks that labelled nothing",
     ),
+    "abtest": Command(
+        "feedback.abtest:AbtestOptions",
+        "feedback.abtest:run",
+        "judge templates, judges or modes against each other on gold pairs",
+    ),
     "export": Command(
         "feedback.exports:ExportOptions",
         "feedback.exports:run",
