@@ -14,6 +14,7 @@ checkpointing, one forward batch per rollout.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import shutil
 import sys
@@ -24,16 +25,25 @@ from typing import Any
 
 import torch
 from ppo_peer import prove, trl_steps
-from train_work import MIXES, SHAPES, build_model, clean, make_groups, word_tokenizer
+from train_work import MIXES, SHAPES, build_model, make_groups, word_tokenizer
 
 from feedback.shards import package_versions, write_json
 from train import ppo
 from train.config import RrhfOptions
+from train.models import enable_packing
 from train.ppo_config import PpoOptions, RewardSource
 from train.rrhf import RrhfObjective
 from train.trainer import PackedTrainer
 
 Job = tuple[str, Callable[[], dict[str, Any]]]
+
+
+def clean(device: str) -> None:
+    """Free memory between jobs; compiled code stays, both of our runs use the same."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def write_work(args: argparse.Namespace) -> None:
@@ -111,8 +121,6 @@ def rrhf(args: argparse.Namespace) -> dict[str, Any]:
     clean(args.device)
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     model = build_model(args.shape, dtype=dtype, device=args.device)
-    from train.models import enable_packing
-
     enable_packing(model)
     options = RrhfOptions(
         data=(),

@@ -104,8 +104,15 @@ def test_draws_follow_the_distribution() -> None:
     assert shares(temperature=0.0) == [1.0, 0.0, 0.0, 0.0]
 
 
-def test_the_models_mode_is_restored(model: Any) -> None:
+def test_the_model_is_left_as_it_was(model: Any) -> None:
+    """In training mode, and with the layers that training compiled, which sampling does not use."""
     model.train()
+    calls: list[int] = []
+    layer = model.model.layers[0]
+    layer._compiled_call_impl = lambda *arguments, **keywords: calls.append(1)
     CachedSampler(model).sample([[7]], n=1, plan=PLAN, seeds=[0])
     assert model.training
+    assert layer._compiled_call_impl is not None
+    assert not calls
+    layer._compiled_call_impl = None
     model.eval()

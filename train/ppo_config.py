@@ -140,6 +140,9 @@ class PpoOptions:
     """cached: batched decoding with the policy itself; generate: the model's own generate, for
     unusual caches; vllm: an engine beside the policy on the same GPU. auto: vllm on CUDA where it
     is installed, else cached."""
+    sampler_tokens: int = 0
+    """Tokens that the cached sampler holds keys and values of at one time; 0: 262,144 on CUDA,
+    65,536 on CPU."""
     vllm_memory: float = 0.3
     """Share of GPU memory that vLLM may take while it is awake."""
     vllm_sleep: bool = True
@@ -220,7 +223,7 @@ class PpoOptions:
 
     row_tokens: int = 0
     """Tokens per packed row, which is one forward pass; 0: 32,768 on CUDA, 2,048 on CPU."""
-    attention: Literal["auto", "flex", "varlen", "sdpa", "blocks"] = "auto"
+    attention: Literal["auto", "triton", "flex", "varlen", "sdpa", "blocks"] = "auto"
     """Attention kernel for packed rows."""
     precision: Literal["auto", "float32", "bfloat16", "autocast"] = "auto"
     """bfloat16: weights in bfloat16 with float32 master copies in the optimiser; autocast: float32

@@ -26,7 +26,6 @@ from train.models import (
     load_tokenizer,
     packed_hidden,
     packed_logprobs,
-    resolve_device,
     without_adapters,
 )
 from train.packing import PackedBatch
@@ -151,13 +150,12 @@ def load_networks(options: PpoOptions) -> Networks:
         reference.eval()
     policy = add_adapters(policy, engine)
     value_model = _load_value_model(options, tokenizer) if options.value == "separate" else None
-    on_cuda = resolve_device(options.device) == "cuda"
     for model in filter(None, (policy, value_model)):
         if options.gradient_checkpointing:
             base_model(model).gradient_checkpointing_enable({"use_reentrant": False})
             base_model(model).enable_input_require_grads()
-        if options.compile == "layers" or (options.compile == "auto" and on_cuda):
-            compile_layers(model)
+    for model in filter(None, (policy, value_model, reference)):
+        compile_layers(model, options.compile)
     return Networks(
         module=PolicyAndValue(policy, value_model),
         reference=reference,

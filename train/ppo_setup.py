@@ -183,7 +183,7 @@ def set_up(options: PpoOptions) -> Run:
             module.value_module(), rate=value_rate, options=options, processes=processes
         ),
         sampler=_open_sampler(options, networks, device, processes),
-        plan=sampling_plan(options, networks),
+        plan=sampling_plan(options, networks, device),
         scorer=open_reward(options.reward, device=options.device, references=references),
         maker=RowMaker(
             row_tokens=_row_tokens(options, device),
@@ -229,7 +229,7 @@ def _hold_out(
     return kept, [prompts[place] for place in sorted(chosen)]
 
 
-def sampling_plan(options: PpoOptions, networks: Networks) -> SamplingPlan:
+def sampling_plan(options: PpoOptions, networks: Networks, device: str) -> SamplingPlan:
     """Return how completions are sampled; a completion ends where the chat template ends it."""
     tokenizer, chat = networks.tokenizer, networks.chat
     stops = {chat.end_ids[-1]}
@@ -241,6 +241,7 @@ def sampling_plan(options: PpoOptions, networks: Networks) -> SamplingPlan:
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
         temperature=options.temperature,
         top_p=options.top_p,
+        batch_tokens=options.sampler_tokens or (262_144 if device == "cuda" else 65_536),
     )
 
 

@@ -215,7 +215,7 @@ class RowMaker:
         for group in groups:
             first.append(first[-1] + len(group.completions))
         multiple = 1
-        if self.attention in ("flex", "varlen"):
+        if self.attention in ("triton", "flex", "varlen"):
             multiple = max(128, self.row_tokens // 8 // 128 * 128)
         for row in pack_rows([group_tokens(groups[index]) for index in members], self.row_tokens):
             inside = [members[place] for place in row]

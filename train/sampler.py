@@ -11,6 +11,7 @@ Knows nothing of text, rewards or training. ``train/vllm_sampler.py`` has the sa
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -136,15 +137,13 @@ class CachedSampler:
                 for seed in seeds
             ]
         )
-        training = self.model.training
-        self.model.eval()
         found: dict[int, list[Sample]] = {}
-        for batch in _batches(prompts, n, plan):
-            rows = [index * n + copy for index in batch for copy in range(n)]
-            samples = self._decode([prompts[index] for index in batch], n, plan, uniform[rows])
-            for place, index in enumerate(batch):
-                found[index] = samples[place * n : (place + 1) * n]
-        self.model.train(training)
+        with _ready_to_decode(self.model):
+            for batch in _batches(prompts, n, plan):
+                rows = [index * n + copy for index in batch for copy in range(n)]
+                samples = self._decode([prompts[index] for index in batch], n, plan, uniform[rows])
+                for place, index in enumerate(batch):
+                    found[index] = samples[place * n : (place + 1) * n]
         return [found[index] for index in range(len(prompts))]
 
     def _decode(
@@ -174,6 +173,29 @@ class CachedSampler:
                 state = state.select(open_rows)
             state = state.advance(self.model, drawn)
         return _samples(tokens, logprobs, lengths, ended)
+
+
+@contextlib.contextmanager
+def _ready_to_decode(model: Any) -> Iterator[None]:
+    """Put the model into eval mode, with layers that were compiled for training left as they are.
+
+    Every token has a cache of another length: compiled layers would be compiled again for each.
+    """
+    training = model.training
+    compiled = {
+        module: module._compiled_call_impl
+        for module in model.modules()
+        if module._compiled_call_impl is not None
+    }
+    model.eval()
+    for module in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
+        model.train(training)
 
 
 def _batches(prompts: Sequence[TokenIds], n: int, plan: SamplingPlan) -> Iterator[list[int]]:
