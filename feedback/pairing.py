@@ -42,6 +42,10 @@ class PairOptions:
     calibration: Path | None = None
     """Calibration file (from rlaif calibrate) applied to the probabilities; p_raw keeps the judge's
     own."""
+    remedy: Literal["none", "length", "annotators"] = "none"
+    """Correction of the probabilities, after calibration: length takes out the judge's pull of
+    length, annotators weighs every judge and order by Dawid-Skene; p_raw keeps the judge's own.
+    The report card shows what each would change."""
     prompts: Literal["auto", "text", "messages"] = "auto"
     """Form of prompts and completions; auto: messages if any prompt is messages, because data
     loaders want one form throughout."""

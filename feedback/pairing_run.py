@@ -26,6 +26,7 @@ from feedback.panel import Combination
 from feedback.preference_rows import PairRules, preference_rows, ranking_row, usable
 from feedback.progress import ProgressBar, say
 from feedback.records import Candidates, Comparison
+from feedback.remedy import load_remedy
 from feedback.shards import (
     MANIFEST,
     ShardWriter,
@@ -52,6 +53,7 @@ def pair(options: PairOptions) -> None:
     gate = _check_gate(options)
     prompts, rules = _survey(options)
     calibrate = _calibration(options, manifest)
+    remedy = load_remedy(options.remedy, options.verdicts, options.candidates)
     source = {
         "judge": manifest.get("judge", {}).get("model"),
         "template_sha256": manifest.get("template", {}).get("sha256"),
@@ -76,7 +78,8 @@ def pair(options: PairOptions) -> None:
             )
             _check_known(row, found, options)
             completions = {entry.completion_id: entry for entry in row.completions}
-            labelled = usable(found, completions, calibrate(found), counts)
+            stated = remedy.apply(found, calibrate(found))
+            labelled = usable(found, completions, stated, counts)
             ranking = ranking_row(
                 row,
                 labelled,
@@ -98,7 +101,8 @@ def pair(options: PairOptions) -> None:
                 f"{options.candidates}; give the candidates that were judged",
                 path=options.verdicts,
             )
-        info = {**_manifest(options, manifest, source, counts), "gate": gate}
+        record = {"gate": gate, "remedy": remedy.record}
+        info = {**_manifest(options, manifest, source, counts), **record}
         preferences.finish(info, count=lambda row: "tie" if row.tie else "decided")
         rankings.finish(info)
     _say_outcome(options, counts)
