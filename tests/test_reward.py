@@ -71,7 +71,7 @@ def plain_rewards(model: Any, group: Group) -> Tensor:
     for completion in group.completions:
         ids = torch.tensor([[*group.prompt_ids, *completion]])
         hidden = model.model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
-        rewards.append(model.score(hidden[0, -1])[0])
+        rewards.append(model.score.weight[0].float() @ hidden[0, -1].float())
     return torch.stack(rewards)
 
 
@@ -139,6 +139,26 @@ def test_packed_equals_unpacked(
     torch.testing.assert_close(packed, expected, atol=1e-5, rtol=1e-5)
     for ours, theirs in zip(gradients(model, packed), gradients(model, expected), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("variant", [{}, {"loss": "davidson"}])
+def test_packed_equals_unpacked_in_bfloat16(
+    tiny_model: Path, tmp_path: Path, variant: dict[str, Any]
+) -> None:
+    settings = options(tiny_model, tmp_path, precision="bfloat16", **variant)
+    tokenizer = load_tokenizer(settings)
+    half = load_model(settings, tokenizer=tokenizer, kind="reward")
+    start_reward_model(half, tokenizer, seed=1)
+    objective = RewardObjective(settings)
+    batch = with_layout(pack_groups(GROUPS), "blocks")
+    packed = objective.loss(half, batch, objective.counts(GROUPS)).loss
+    expected = plain_loss(half, settings, GROUPS)
+    torch.testing.assert_close(packed, expected, atol=0, rtol=1e-2)
+    ours, theirs = (
+        torch.cat([g.flatten().float() for g in gradients(half, loss)])
+        for loss in (packed, expected)
+    )
+    assert (ours - theirs).norm() <= 1e-2 * theirs.norm()
 
 
 def test_listwise_packed_equals_unpacked(model: Any, tiny_model: Path) -> None:

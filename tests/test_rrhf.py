@@ -111,6 +111,22 @@ def test_packed_equals_the_paper_unpacked(
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
+def test_packed_equals_unpacked_in_bfloat16(tiny_model: Path, tmp_path: Path) -> None:
+    settings = options(tiny_model, tmp_path, precision="bfloat16", margin=0.3)
+    half = load_model(settings, tokenizer=load_tokenizer(settings))
+    groups = rank_candidates([RANKED, COMPARED], DataReport(), settings)
+    objective = RrhfObjective(settings)
+    batch = with_layout(pack_groups(groups), "blocks")
+    packed = objective.loss(half, batch, objective.counts(groups)).loss
+    expected = expected_loss(half, confident=False)
+    torch.testing.assert_close(packed, expected, atol=0, rtol=1e-2)
+    ours, theirs = (
+        torch.cat([g.flatten().float() for g in gradients(half, loss)])
+        for loss in (packed, expected)
+    )
+    assert (ours - theirs).norm() <= 1e-2 * theirs.norm()
+
+
 def test_authors_variant_divides_by_the_padded_row(model: Any, tiny_model: Path) -> None:
     """RANKED: prompt 3 + longest completion 5 = 8; the first of the tied best is completion 0."""
     settings = options(tiny_model, tiny_model, sft_form="row_mean", rank_weight=0.0)
