@@ -158,13 +158,12 @@ def print_card(card: ReportCard, gate: GateResult) -> None:
     states = {(row.arm, row.name): row.state for row in gate.rows}
     words = {"fail": "[red]fails[/red]", "unclear": "unclear", "ok": "passes"}
     for arm in [*card.arms, None]:
+        name = "" if arm is None else arm.name
         sections = card.across if arm is None else arm.sections
-        if not sections:
+        if not any(section.figures for section in sections):
             continue
         table = Table(box=None, pad_edge=False, title_justify="left")
-        table.title = (
-            "[bold]Further measurements[/bold]" if arm is None else f"[bold]{escape(arm.name)}[/bold]"
-        )
+        table.title = f"[bold]{escape(name or 'Further measurements')}[/bold]"
         for column in ("", "value", "95% interval", "n"):
             table.add_column(column, justify="right" if column else "left", no_wrap=bool(column))
         table.add_column("gate", no_wrap=True)
@@ -173,7 +172,7 @@ def print_card(card: ReportCard, gate: GateResult) -> None:
             if figures:
                 table.add_row(f"[bold]{escape(section.title)}[/bold]")
             for figure in figures:
-                state = states.get(("" if arm is None else arm.name, figure.name), "")
+                state = states.get((name, figure.name), "")
                 table.add_row(
                     f"  {escape(figure.label)}", *_cells(figure.estimate), words.get(state, "")
                 )

@@ -7,6 +7,7 @@ Tokens are words here, so that no tokenizer is needed; the ratio of two densitie
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -50,7 +51,8 @@ def read_style(text: str) -> Style:
     )
 
 
-class StyleColumns(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class StyleColumns:
     """Style of the pairs whose two texts are at hand."""
 
     rows: npt.NDArray[np.bool_]
