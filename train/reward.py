@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from feedback.shards import write_json
@@ -184,6 +185,8 @@ def run(options: RewardOptions) -> None:
     for number, folder in enumerate(folders):
         member = dataclasses.replace(options, output=folder, seed=options.seed + number)
         announce(_train_member(member, groups, held_out, report))
+    if not PartialState().is_main_process:
+        return  # one process writes what follows
     if options.members > 1:
         names = [folder.name for folder in folders]
         save_ensemble(options.output, names, rule=options.rule, uwo_lambda=options.uwo_lambda)
@@ -229,7 +232,7 @@ def _train_member(
         eval_groups=label_pairs(held_out, DataReport(), **labels) if held_out else (),
         report=report,
     )
-    if options.lora_rank:
+    if options.lora_rank and PartialState().is_main_process:
         merge_adapters(model, tokenizer, options.output)
     return trained
 
