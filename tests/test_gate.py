@@ -181,3 +181,18 @@ def test_prompt_folders_have_no_gate(tmp_path: Path) -> None:
         writer.append(Prompt(prompt_id="p", prompt="q"))
         writer.finish({})
     assert require_gate(tmp_path / "prompts") is None
+
+
+def test_thresholds_come_from_a_recipe(tmp_path: Path) -> None:
+    """[report.thresholds] in TOML; a misspelt key names the nearest."""
+    from feedback.config import build_options, load_recipe
+
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        '[report]\nverdicts = "v"\n[report.thresholds]\nmin_accuracy = 0.7\nstrict = true\n'
+    )
+    options = build_options(ReportOptions, load_recipe(recipe)["report"])
+    assert options.thresholds == GateThresholds(min_accuracy=0.7, strict=True)
+    recipe.write_text('[report]\nverdicts = "v"\n[report.thresholds]\nmin_acuracy = 0.7\n')
+    with pytest.raises(RecipeError, match="did you mean 'min_accuracy'"):
+        build_options(ReportOptions, load_recipe(recipe)["report"])
