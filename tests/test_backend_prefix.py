@@ -14,10 +14,13 @@ from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from feedback.backends.prefix import (
     Group,
+    Stem,
     common_prefix,
     last_logits,
+    members_of,
     plan_batches,
     plan_groups,
+    plan_stems,
 )
 
 token = st.integers(0, 3)
@@ -45,8 +48,12 @@ def random_rows(seed: int, prompts: int = 4) -> list[list[int]]:
     head = text(3, 10)
     rows = []
     for _ in range(prompts):
-        prompt = text(1, 40)
-        rows += [head + prompt + text(1, 30) for _ in range(draw.randint(1, 6))]
+        prompt = head + text(1, 40)
+        if draw.random() < 0.5:
+            rows += [prompt + text(1, 30) for _ in range(draw.randint(1, 6))]
+        else:  # pairs in both orders: those that show the same completion first share more
+            shown = [text(1, 25) for _ in range(draw.randint(3, 4))]
+            rows += [prompt + a + b + text(1, 3) for a in shown for b in shown if a is not b]
     draw.shuffle(rows)
     return rows
 
@@ -87,23 +94,47 @@ def test_the_pairs_of_a_prompt_make_one_group() -> None:
 
 @given(row_lists, st.integers(1, 40))
 def test_batches_hold_each_row_once_within_the_budget(rows: list[list[int]], budget: int) -> None:
-    batches = list(plan_batches(rows, plan_groups(rows), budget))
-    members = [member for batch in batches for group in batch for member in group.members]
-    assert sorted(members) == list(range(len(rows)))
+    batches = list(plan_batches(rows, plan_stems(rows), budget))
+    assert sorted(member for batch in batches for member in members_of(batch)) == list(
+        range(len(rows))
+    )
     for batch in batches:
-        count = sum(len(group.members) for group in batch)
-        width = max(len(rows[member]) - group.prefix for group in batch for member in group.members)
+        groups = [group for stem in batch for group in stem.groups]
+        width = max(
+            len(rows[member]) - group.prefix for group in groups for member in group.members
+        )
+        count = len(members_of(batch))
         assert count * width <= budget or count == 1
+        assert len({stem.prefix > 0 for stem in batch}) == 1
+
+
+@given(row_lists)
+def test_stems_share_what_they_say_on_both_levels(rows: list[list[int]]) -> None:
+    for stem in plan_stems(rows):
+        heads = {tuple(rows[member][: stem.prefix]) for member in members_of([stem])}
+        assert len(heads) == 1
+        for group in stem.groups:
+            assert group.prefix >= stem.prefix
+            assert len({tuple(rows[member][: group.prefix]) for member in group.members}) == 1
+
+
+def test_completions_shown_first_are_a_second_level() -> None:
+    prompt = list(range(100, 130))
+    texts = [[number] * 25 for number in range(4)]
+    rows = [prompt + a + b + [9] for a in texts for b in texts if a is not b]
+    (stem,) = plan_stems(rows)
+    assert stem.prefix == 30
+    assert [group.prefix for group in stem.groups] == [55] * 4
+    assert [len(group.members) for group in stem.groups] == [3] * 4
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_shared_prefix_equals_plain_forward(model: Any, seed: int) -> None:
     rows = random_rows(seed)
-    for batch in plan_batches(rows, plan_groups(rows), 300):
+    for batch in plan_batches(rows, plan_stems(rows), 300):
         with torch.inference_mode():
             logits = last_logits(model, rows, batch)
-        members = [member for group in batch for member in group.members]
-        for member, got in zip(members, logits, strict=True):
+        for member, got in zip(members_of(batch), logits, strict=True):
             expected = plain_logits(model, rows[member])
             torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
@@ -111,7 +142,7 @@ def test_shared_prefix_equals_plain_forward(model: Any, seed: int) -> None:
 def test_a_row_much_shorter_than_its_batch(model: Any) -> None:
     rows = [[7], [7, 8], list(range(5, 65))]
     with torch.inference_mode():
-        logits = last_logits(model, rows, [Group(0, [0]), Group(0, [1]), Group(0, [2])])
+        logits = last_logits(model, rows, [Stem(0, [Group(0, [place])]) for place in range(3)])
     for row, got in zip(rows, logits, strict=True):
         torch.testing.assert_close(got, plain_logits(model, row), atol=1e-5, rtol=1e-5)
 
@@ -131,10 +162,9 @@ def test_sliding_windows_see_true_distances(seed: int) -> None:
     )
     model = MistralForCausalLM(config).eval()
     rows = random_rows(seed, prompts=2)
-    for batch in plan_batches(rows, plan_groups(rows), 10_000):
+    for batch in plan_batches(rows, plan_stems(rows), 10_000):
         with torch.inference_mode():
             logits = last_logits(model, rows, batch)
-        members = [member for group in batch for member in group.members]
-        for member, got in zip(members, logits, strict=True):
+        for member, got in zip(members_of(batch), logits, strict=True):
             expected = plain_logits(model, rows[member])
             torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)

@@ -17,7 +17,14 @@ from feedback.backends import Capabilities, JudgeCall, JudgeReply, SampleCall, S
 from feedback.backends.chat import ChatTokenizer
 from feedback.backends.decode import Drawn, Generated, generate
 from feedback.backends.opening import local_revision
-from feedback.backends.prefix import Group, last_logits, plan_batches, plan_groups
+from feedback.backends.prefix import (
+    Group,
+    Stem,
+    last_logits,
+    members_of,
+    plan_batches,
+    plan_stems,
+)
 from feedback.backends.scoring import CompletionLogp, completion_logps
 from feedback.config import EngineOptions
 from feedback.errors import BackendError
@@ -92,34 +99,35 @@ class TransformersBackend:
     def judge(self, calls: Iterable[JudgeCall]) -> Iterator[JudgeReply]:
         """Yield one reply per call, a window of calls at a time."""
         for window in _windows(calls):
-            asked: list[_Asked] = []
+            labels: list[_Asked] = []
+            texts: list[_Asked] = []
             conversations = [call.messages for call in window]
             for call, ids in zip(window, self.chat.ids_of(conversations), strict=True):
                 if problem := self._too_long(ids, call.max_tokens):
                     yield JudgeReply(call_id=call.call_id, error=problem)
+                elif call.choices and call.max_tokens == 1:
+                    labels.append(_Asked(call, ids))
                 else:
-                    asked.append(_Asked(call, ids))
-            one_token = [item for item in asked if item.call.choices and item.call.max_tokens == 1]
-            yield from self._judge_labels(one_token)
-            yield from self._judge_texts([item for item in asked if item not in one_token])
+                    texts.append(_Asked(call, ids))
+            yield from self._judge_labels(labels)
+            yield from self._judge_texts(texts)
 
     def _judge_labels(self, asked: list[_Asked]) -> Iterator[JudgeReply]:
         rows = [item.ids for item in asked]
         if self.shares_prefixes:
-            groups = plan_groups(rows)
+            stems = plan_stems(rows)
         else:
-            groups = [Group(0, [place]) for place in range(len(rows))]
+            stems = [Stem(0, [Group(0, [place])]) for place in range(len(rows))]
         budget = self.batch_tokens
         if self.model.device.type == "cpu":
             budget = min(budget, _CPU_BATCH_TOKENS)
-        for planned in plan_batches(rows, groups, budget):
+        for planned in plan_batches(rows, stems, budget):
             for batch, logits, seconds in _halving(
                 planned, lambda part: last_logits(self.model, rows, part)
             ):
-                members = [(group, member) for group in batch for member in group.members]
-                for (group, member), row in zip(members, logits, strict=True):
-                    cached = group.prefix if member != group.members[0] else 0
-                    yield self._label_reply(asked[member], row, cached, seconds)
+                shared = _shared_tokens(batch)
+                for member, row in zip(members_of(batch), logits, strict=True):
+                    yield self._label_reply(asked[member], row, shared[member], seconds)
 
     def _label_reply(self, item: _Asked, logits: Any, cached: int, seconds: float) -> JudgeReply:
         choices = item.call.choices or ()
@@ -265,15 +273,27 @@ class TransformersBackend:
         size = self.model.get_input_embeddings().weight.shape[0]
         row = [(7 * place + 3) % size for place in range(24)]
         rows = [row[:12] + row[20:], row[:12] + row[14:], row[:16]]
-        plain = [Group(0, [place]) for place in range(len(rows))]
+        plain = [Stem(0, [Group(0, [place])]) for place in range(len(rows))]
+        shared_plan = [Stem(6, [Group(12, [0, 1]), Group(9, [2])])]
         tolerance = _SHARING_TOLERANCE.get(str(self.model.dtype).removeprefix("torch."), 1e-3)
         with torch.inference_mode():
             expected = last_logits(self.model, rows, plain)
             try:
-                shared = last_logits(self.model, rows, [Group(12, [0, 1, 2])])
+                shared = last_logits(self.model, rows, shared_plan)
             except (TypeError, ValueError, AttributeError, IndexError, RuntimeError):
                 return False  # a recurrent state is no list of keys and values
         return bool((shared - expected).abs().max() <= tolerance)
+
+
+def _shared_tokens(batch: Sequence[Stem]) -> dict[int, int]:
+    """Return for each row how many of its tokens were computed for another row."""
+    shared: dict[int, int] = {}
+    for stem in batch:
+        for place, group in enumerate(stem.groups):
+            for number, member in enumerate(group.members):
+                first = 0 if place == 0 else stem.prefix
+                shared[member] = group.prefix if number else first
+    return shared
 
 
 def _windows(items: Iterable[Item]) -> Iterator[list[Item]]:
