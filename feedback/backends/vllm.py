@@ -1,17 +1,20 @@
 """vLLM in this process: token ids in, the log-probabilities of the labels out.
 
-The engine's own loop is driven directly. Calls are tokenised a block at a time and queued ahead of
-the scheduler, so that it never starves while rows are written, and each reply is yielded as soon as
-its step ends; there is no batch to wait for. Prefix caching is on: calls that come one after the
-other with the same beginning (both orders, all pairs of a prompt) compute it once.
+The engine's own loop is driven directly. Calls are tokenised a block ahead, in a thread beside it,
+and queued ahead of the scheduler, so that it never starves while rows are written; each reply is
+yielded as soon as its step ends, and there is no batch to wait for. Prefix caching is on: calls
+that come one after the other with the same beginning (both orders, all pairs of a prompt) compute
+it once.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 from feedback.backends import Capabilities, JudgeCall, JudgeReply, SampleCall, SampleReply
@@ -25,6 +28,8 @@ __all__ = ["VllmBackend", "engine_settings", "open_engine"]
 
 _BLOCK = 64
 """Calls tokenised together: enough for the tokenizer to work on all cores."""
+_FIRST_BLOCK = 8
+"""The first one is small, so that the engine has work at once."""
 _TOP_LOGPROBS = 20
 """Alternatives asked for where the engine cannot be asked for certain tokens."""
 _TEMPLATE_ARGUMENTS = "chat_template_kwargs"
@@ -36,6 +41,11 @@ Reply = TypeVar("Reply", JudgeReply, SampleReply)
 class _Queued(NamedTuple):
     call: Any
     since: float
+
+
+class _Block(NamedTuple):
+    calls: list[Any]
+    ids: Future[list[list[int]]]
 
 
 class VllmBackend:
@@ -116,40 +126,45 @@ class VllmBackend:
         read: Callable[[Call, Any, float], Reply],
         failed: Callable[[Call, str], Reply],
     ) -> Iterator[Reply]:
-        source = iter(calls)
         queued: dict[str, _Queued] = {}
-        more = True
-        try:
-            while True:
-                while more and len(queued) < self._ahead:
-                    block = list(itertools.islice(source, _BLOCK))
-                    more = len(block) == _BLOCK
-                    for call, problem in self._queue(block, queued, params_of):
-                        yield failed(call, problem)
-                if not queued:
-                    return
-                for output in self._step():
-                    if output.finished:
-                        call, since = queued.pop(output.request_id)
-                        yield read(call, output, time.monotonic() - since)
-        finally:
-            if queued:  # abandoned by the consumer: nothing of it may reach the next stream
-                self._abandon(queued)
+        with ThreadPoolExecutor(1, thread_name_prefix="tokenise") as pool:
+            blocks = self._blocks(iter(calls), pool)
+            block = next(blocks, None)
+            try:
+                while True:
+                    while block is not None and self._wants(block, len(queued)):
+                        for call, problem in self._queue(block, queued, params_of):
+                            yield failed(call, problem)
+                        block = next(blocks, None)
+                    if not queued:
+                        return
+                    for output in self._step():
+                        if output.finished:
+                            call, since = queued.pop(output.request_id)
+                            yield read(call, output, time.monotonic() - since)
+            finally:
+                if queued:  # abandoned by the consumer: nothing of it may reach the next stream
+                    self._abandon(queued)
+
+    def _blocks(self, source: Iterator[Any], pool: ThreadPoolExecutor) -> Iterator[_Block]:
+        """Yield blocks of calls whose token ids are being made in the pool, one block ahead."""
+        size = _FIRST_BLOCK
+        while calls := list(itertools.islice(source, size)):
+            conversations = [call.messages for call in calls]
+            yield _Block(calls, pool.submit(self.chat.ids_of, conversations))
+            size = _BLOCK
+
+    def _wants(self, block: _Block, queued: int) -> bool:
+        """Whether to hand over a block now; it is waited for only when work runs out."""
+        return queued < self._ahead and (queued < _BLOCK or block.ids.done())
 
     def _queue(
-        self, block: list[Any], queued: dict[str, _Queued], params_of: Callable[[Any], Any]
+        self, block: _Block, queued: dict[str, _Queued], params_of: Callable[[Any], Any]
     ) -> Iterator[tuple[Any, str]]:
         """Hand a block to the engine; yield the calls that it refuses, with the reason."""
-        rows = self.chat.ids_of([call.messages for call in block])
-        for call, ids in zip(block, rows, strict=True):
-            if len(ids) + call.max_tokens > self.max_length:
-                yield (
-                    call,
-                    (
-                        f"prompt of {len(ids)} tokens and reply of {call.max_tokens} exceed the "
-                        f"model's {self.max_length}"
-                    ),
-                )
+        for call, ids in zip(block.calls, block.ids.result(), strict=True):
+            if problem := self._too_long(call, ids):
+                yield call, problem
                 continue
             name = str(next(self._numbers))
             try:
@@ -163,6 +178,14 @@ class VllmBackend:
                 yield call, f"refused by vLLM: {error}"
                 continue
             queued[name] = _Queued(call, time.monotonic())
+
+    def _too_long(self, call: Any, ids: list[int]) -> str | None:
+        if len(ids) + call.max_tokens <= self.max_length:
+            return None
+        return (
+            f"prompt of {len(ids)} tokens and reply of {call.max_tokens} exceed the model's "
+            f"{self.max_length}"
+        )
 
     def _step(self) -> list[Any]:
         try:
@@ -315,7 +338,9 @@ def open_engine(options: EngineOptions, path: str) -> VllmBackend:
     return VllmBackend(
         engine,
         ChatTokenizer(
-            engine.get_tokenizer(), template_arguments=options.extra.get(_TEMPLATE_ARGUMENTS)
+            # A copy: this one works in a thread beside the engine's detokenizer.
+            copy.deepcopy(engine.get_tokenizer()),
+            template_arguments=options.extra.get(_TEMPLATE_ARGUMENTS),
         ),
         identity=JudgeIdentity(model=options.model, revision=revision),
         adapter=adapter,
