@@ -81,6 +81,11 @@ COMMANDS: dict[str, Command] = {
         "train.evaluate:run",
         "policy against policy, by judges and checks that labelled nothing",
     ),
+    "calibrate": Command(
+        "feedback.calibrate:CalibrateOptions",
+        "feedback.calibrate:run",
+        "gold pairs -> a map from the judge's probabilities to honest ones",
+    ),
     "abtest": Command(
         "feedback.abtest:AbtestOptions",
         "feedback.abtest:run",
