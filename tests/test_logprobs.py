@@ -122,6 +122,6 @@ def test_sums_per_completion() -> None:
 
 
 def test_chunks_shrink_with_the_vocabulary() -> None:
-    assert chunk_size(49_152) == 7936
-    assert chunk_size(151_936) == 2560
+    assert chunk_size(49_152) == 3840
+    assert chunk_size(151_936) == 1280
     assert chunk_size(100) == 16384

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,7 +106,7 @@ def read_groups(
     pairs; a preference adds a pair. Two rankings of one prompt stay two groups.
 
     Args:
-        sources: shard folders, or JSONL files; a file holds rankings if its name starts so.
+        sources: shard folders, or JSONL files; a file's first line says which rows it holds.
         tokenizer: of the model to train.
         max_length: tokens of a prompt plus one completion, at most.
         overlong: what to do with longer ones.
@@ -159,9 +160,17 @@ def _kind(source: Path) -> type[Preference] | type[Ranking]:
                 return record
         found = folder_kind(source)
         raise ShardError(f"holds {found}; training reads preferences or rankings", path=source)
-    if source.name.startswith("rankings"):
-        return Ranking
-    return Preference
+    return Ranking if source.is_file() and "ranking" in _first_row(source) else Preference
+
+
+def _first_row(path: Path) -> dict[str, Any]:
+    """Return a file's first row, or nothing where the reader will find fault with it."""
+    with path.open(encoding="utf-8") as file:
+        try:
+            row = json.loads(file.readline())
+        except ValueError:
+            return {}
+    return row if isinstance(row, dict) else {}
 
 
 def _completion_text(completion: PromptText, prompt_id: str) -> str:

@@ -19,8 +19,8 @@ __all__ = [
     "token_logprobs",
 ]
 
-# Logits that exist at one time, in elements: 1.6 GB of float32.
-_CHUNK_ELEMENTS = 400_000_000
+# Logits that exist at one time, in elements: 0.8 GB of float32.
+_CHUNK_ELEMENTS = 200_000_000
 
 
 class TokenLogprobs(NamedTuple):
