@@ -43,13 +43,16 @@ def label_probabilities(
     questions: Sequence[Sequence[Message]],
     labels: Sequence[str],
     *,
-    batch_tokens: int = 32768,
+    batch_tokens: int | None = None,
 ) -> np.ndarray:
     """Return (questions, labels): each label's probability as the first token of the answer.
 
     Raises:
         ValueError: a label is not one token.
     """
+    if batch_tokens is None:
+        # A batch beyond a processor's caches only slows it down.
+        batch_tokens = 2048 if model.device.type == "cpu" else 32768
     label_ids = []
     for label in labels:
         ids = tokenizer.encode(label).ids
