@@ -21,7 +21,23 @@ __all__ = ["BOOKING_FLAWS", "Booking", "flawed_reply", "good_reply", "make_booki
 
 _NO_ON = re.compile(r"\b(?:on|On) (?=tomorrow|today|this |next )")
 _WORDS = dict(
-    enumerate("zero one two three four five six seven eight nine ten eleven twelve".split())
+    enumerate(
+        [
+            "zero",
+            "one",
+            "two",
+            "three",
+            "four",
+            "five",
+            "six",
+            "seven",
+            "eight",
+            "nine",
+            "ten",
+            "eleven",
+            "twelve",
+        ]
+    )
 )
 _GREETINGS = ("",) * 12 + ("Hi, ", "Hello, ", "Hey, ", "Hi there. ", "Good morning. ", "Hello. ")
 _CLOSES = ("",) * 14 + (" Thanks.", " Thank you.", " Please help.", " Can you do that?")

@@ -39,8 +39,8 @@ from recipes.pocket_model.evaluate import (
 from recipes.pocket_model.judge_rows import TEMPLATES
 from recipes.pocket_model.lessons import Source, policy_rows
 from recipes.pocket_model.prompts import banned_openings
-from recipes.pocket_model.sampling import draw_replies
 from recipes.pocket_model.rows import RowFactory, Wave, join_rows, tokenise
+from recipes.pocket_model.sampling import draw_replies
 from recipes.pocket_model.training import Schedule, Stage, build_model, train, warm_up
 
 

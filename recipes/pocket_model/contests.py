@@ -68,7 +68,7 @@ def dialogue_contest(
         prompt, truth = found
         contest = _contest(
             prompt, truth, plan, lambda flaw: spoil(flaw, truth, prompt, material, rng)
-        )  # noqa: B023
+        )
         if contest is not None:
             return contest
         if attempt % _TRIES == 0:
@@ -98,7 +98,7 @@ def booking_contest(
             good,
             plan,
             lambda flaw: _spoil_booking(flaw, booking, good, material, rng),
-        )  # noqa: B023
+        )
         if contest is not None:
             return contest
         if attempt % _TRIES == 0:

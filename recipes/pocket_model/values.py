@@ -41,8 +41,10 @@ def _times() -> tuple[str, ...]:
 CLOSED: dict[str, tuple[str, ...]] = {
     "date": _dates(),
     "time": _times(),
-    "count": tuple("1 2 2 2 3 3 4 4 4 5 5 6 6 7 8 9 10 12".split()),
-    "nights": tuple("1 2 2 3 3 4 5 6 7 10".split()),
+    "count": tuple(
+        ["1", "2", "2", "2", "3", "3", "4", "4", "4", "5", "5", "6", "6", "7", "8", "9", "10", "12"]
+    ),
+    "nights": tuple(["1", "2", "2", "3", "3", "4", "5", "6", "7", "10"]),
     "amount": tuple(
         f"${value}"
         for value in (
