@@ -490,6 +490,18 @@ def test_critic_warm_up_leaves_the_policy_alone(options: Callable[..., PpoOption
         assert not [name for name in changed if name.startswith("policy")]
 
 
+def test_copies_of_the_policy_are_kept(options: Callable[..., PpoOptions]) -> None:
+    chosen = options(copy_every=2, steps=3)
+    ppo.train(chosen)
+    assert [path.name for path in (chosen.output / "policies").iterdir()] == ["step-000002"]
+    copy = chosen.output / "policies" / "step-000002"
+    assert not same_weights(copy, chosen.output)
+    ppo.train(options(steps=2, output=chosen.output / "two", schedule="constant"))
+    whole = options(copy_every=2, steps=3, schedule="constant", output=chosen.output / "three")
+    ppo.train(whole)
+    assert same_weights(whole.output / "policies" / "step-000002", chosen.output / "two")
+
+
 def test_early_stops(options: Callable[..., PpoOptions], tmp_path: Path) -> None:
     """stop_kl ends a rollout's passes, max_kl the run."""
     few = options(stop_kl=1e-9, output=tmp_path / "few")

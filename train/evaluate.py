@@ -43,6 +43,11 @@ class EvaluateOptions:
     """Share of the probability that the nucleus holds."""
     max_tokens: int = 256
     """Longest completion in tokens."""
+    policy_samples: Path | None = None
+    """Candidates folder with the policy's completions of these prompts, already sampled (best-of-n,
+    say); None: they are sampled here."""
+    start_samples: Path | None = None
+    """The same for the starting policy; several evaluations can share it."""
     gold: Literal["auto", "off"] = "auto"
     """Programmatic check of each completion against the prompt's known slots; auto: where the
     prompts have such slots."""

@@ -48,8 +48,13 @@ def evaluate(options: EvaluateOptions) -> None:
         BackendError: a model cannot be loaded or cannot judge.
     """
     # Seeds apart: with the same draws two policies that differ little write the same text.
-    sides = (("new", options.policy, options.seed), ("start", options.start, options.seed + 1))
-    for name, engine, seed in sides:
+    sides = (
+        ("new", options.policy, options.seed, options.policy_samples),
+        ("start", options.start, options.seed + 1, options.start_samples),
+    )
+    for name, engine, seed, given in sides:
+        if given is not None:
+            continue
         sample(
             SampleOptions(
                 prompts=options.prompts,
@@ -89,11 +94,15 @@ def evaluate(options: EvaluateOptions) -> None:
 def _pair_up(options: EvaluateOptions) -> None:
     """Write one candidates row per prompt that both policies answered."""
     folder = options.out / "pairs"
-    old = {row.prompt_id: row for row in read_rows(options.out / "samples-start", Candidates)}
+    samples = {
+        "start": options.start_samples or options.out / "samples-start",
+        "new": options.policy_samples or options.out / "samples-new",
+    }
+    old = {row.prompt_id: row for row in read_rows(samples["start"], Candidates)}
     ShardWriter[Candidates](folder, "candidates").close()
     for path in shard_paths(folder, "candidates"):
         path.unlink()
-    new = {row.prompt_id: row for row in read_rows(options.out / "samples-new", Candidates)}
+    new = {row.prompt_id: row for row in read_rows(samples["new"], Candidates)}
     with ShardWriter[Candidates](folder, "candidates") as writer:
         # Sorted: the samplers finish in an order of their own, and what is judged must not vary.
         for prompt_id in sorted(new.keys() & old.keys()):

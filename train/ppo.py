@@ -131,6 +131,8 @@ def train(options: PpoOptions) -> Trained:
                 probe(this, store, step=progress.step)
                 if this.guard.stop:
                     progress.stopped = "the gold score has fallen"
+            if options.copy_every and progress.step % options.copy_every == 0:
+                store.copy_policy(progress.step)
             if options.save_every and progress.step % options.save_every == 0:
                 store.save(progress)
             store.stop_if_asked(stop, progress)

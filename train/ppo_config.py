@@ -95,7 +95,7 @@ class PpoOptions:
 
     prompts: tuple[str, ...]
     """Prompts to learn on: folders or JSONL files of prompts, candidates, preferences or
-    rankings."""
+    rankings, or names of prompt sets."""
     output: Path
     """Folder for the trained policy, its card, metrics and checkpoints."""
     reward: RewardSource = field(default_factory=RewardSource)
@@ -250,6 +250,8 @@ class PpoOptions:
     """Steps between checkpoints; 0: only when stopped."""
     keep_checkpoints: int = 1
     """How many checkpoints to keep."""
+    copy_every: int = 0
+    """Steps between copies of the policy kept in the folder policies; 0: none."""
     log_every: int = 1
     """Steps between log lines on the terminal; metrics.jsonl has every step."""
     report_to: tuple[str, ...] = ()

@@ -24,6 +24,7 @@ import torch
 
 from feedback.errors import InputError
 from feedback.records import content_id
+from feedback.sampling import prompt_source
 from feedback.shards import MANIFEST, manifest_sha256, write_json
 from train.data import Group
 from train.ppo_config import PpoOptions
@@ -43,7 +44,15 @@ __all__ = [
 ]
 
 # Options that change where or how fast a run goes, not what it computes.
-_FREE = {"output", "resume", "save_every", "keep_checkpoints", "log_every", "report_to"}
+_FREE = {
+    "output",
+    "resume",
+    "save_every",
+    "keep_checkpoints",
+    "copy_every",
+    "log_every",
+    "report_to",
+}
 _TENSORS = (
     "scores",
     "ended",
@@ -174,7 +183,9 @@ def run_fingerprint(options: PpoOptions) -> dict[str, Any]:
         name: value for name, value in dataclasses.asdict(options).items() if name not in _FREE
     }
     sources = (*options.prompts, *options.guard.prompts)
-    values["prompt_files"] = {str(source): _content(Path(source)) for source in sources}
+    values["prompt_files"] = {
+        str(source): _content(prompt_source(Path(source))) for source in sources
+    }
     known: dict[str, Any] = json.loads(json.dumps(values, default=str, sort_keys=True))
     return known
 

@@ -130,6 +130,14 @@ class RunStore:
             f"reward {means['reward']:.3f}, KL {means['kl']:.2f}\n"
         )
 
+    def copy_policy(self, step: int) -> None:
+        """Keep the policy as it stands, to look at later."""
+        if self.main:
+            folder = self.folder / "policies" / f"step-{step:06d}"
+            networks = self.this.networks
+            networks.module.policy.save_pretrained(folder, safe_serialization=True)
+            networks.tokenizer.save_pretrained(folder)
+
     def save_best(self, step: int) -> None:
         """Keep the current weights as the best so far."""
         if not self.main:

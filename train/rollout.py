@@ -26,6 +26,7 @@ from feedback.records import (
     Ranking,
     content_id,
 )
+from feedback.sampling import prompt_source
 from feedback.shards import folder_kind, read_rows
 from train.attention import AttentionKind, with_layout
 from train.chat import ChatFormat
@@ -94,8 +95,9 @@ def read_prompts(
     """Return the distinct prompts of files or folders, and how many were too long.
 
     Args:
-        sources: folders or JSONL files of prompts, candidates, preferences or rankings; a file's
-            kind is its name's beginning, prompts unless it says otherwise.
+        sources: folders or JSONL files of prompts, candidates, preferences or rankings (a file's
+            kind is its name's beginning, prompts unless it says otherwise), or names of prompt
+            sets.
         chat: of the policy's tokenizer.
         max_tokens: longer prompts are left out.
 
@@ -104,7 +106,8 @@ def read_prompts(
     """
     rows: dict[str, Any] = {}
     for source in sources:
-        for row in read_rows(source, _KINDS[_kind(Path(source))]):
+        path = prompt_source(Path(source))
+        for row in read_rows(path, _KINDS[_kind(path)]):
             rows.setdefault(content_id(row.prompt), row)
     encoded = chat.prompt_ids([chat.prompt_text(row.prompt) for row in rows.values()])
     prompts = [

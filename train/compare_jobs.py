@@ -1,0 +1,171 @@
+"""Jobs of a comparison: each a command with resolved options, run in a process of its own.
+
+The processes are forked from one that has everything imported, so that forty short jobs do not pay
+for forty imports, and each job's peak memory is its own. A job that is finished with the same
+options is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from feedback.config import build_options
+from feedback.errors import RlaifError
+from feedback.shards import write_json
+from train.commands import COMMANDS, load
+
+__all__ = ["Job", "JobResult", "run_jobs"]
+
+_MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One run of one command."""
+
+    name: str
+    """Unique; names its record and its log."""
+    command: str
+    """A command of ``rlaif``, or ``package.module:function`` called with the table."""
+    table: dict[str, Any]
+    """Its options, as a recipe would hold them."""
+    needs: tuple[str, ...] = ()
+    """Jobs of the same list that must be finished before."""
+    meta: dict[str, Any] = field(default_factory=dict, compare=False)
+    """What the comparison wants to remember of it."""
+
+
+class JobResult(NamedTuple):
+    """What a job took."""
+
+    seconds: float
+    peak_mib: float
+    """Largest resident memory of its process, in MiB."""
+
+
+def run_jobs(
+    jobs: Sequence[Job], folder: Path, *, parallel: int, say: Callable[[str], None]
+) -> dict[str, JobResult]:
+    """Run the jobs, ``parallel`` at a time; return what each took.
+
+    Raises:
+        RlaifError: a job failed; the message names its log.
+    """
+    results: dict[str, JobResult] = {}
+    waiting = list(jobs)
+    running: dict[str, tuple[Any, float]] = {}
+    done = 0
+    try:
+        while waiting or running:
+            for job in list(waiting):
+                if (known := _known(job, folder)) is not None:
+                    results[job.name] = known
+                    waiting.remove(job)
+                elif len(running) < parallel and all(need in results for need in job.needs):
+                    running[job.name] = (_start(job, folder, parallel), time.monotonic())
+                    waiting.remove(job)
+            finished = [name for name, (process, _) in running.items() if not process.is_alive()]
+            if not finished:
+                multiprocessing.connection.wait([p.sentinel for p, _ in running.values()])
+                continue
+            for name in finished:
+                process, started = running.pop(name)
+                process.join()
+                job = next(job for job in jobs if job.name == name)
+                found = _known(job, folder)
+                if process.exitcode or found is None:
+                    raise _failure(name, folder, process.exitcode)
+                results[name] = found
+                done += 1
+                say(f"  {name}: {time.monotonic() - started:.0f} s ({len(results)}/{len(jobs)})")
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+            process.join()
+    return results
+
+
+def _record(job: Job, folder: Path) -> Path:
+    return folder / "jobs" / f"{job.name}.json"
+
+
+def _known(job: Job, folder: Path) -> JobResult | None:
+    """Return the result of a job that is finished with these options, or None."""
+    path = _record(job, folder)
+    if not path.is_file():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    same = record["command"] == job.command and record["table"] == _plain(job.table)
+    return JobResult(record["seconds"], record["peak_mib"]) if same else None
+
+
+def _plain(table: dict[str, Any]) -> Any:
+    return json.loads(json.dumps(table, default=str))
+
+
+def _failure(name: str, folder: Path, code: int | None) -> RlaifError:
+    log = folder / "logs" / f"{name}.log"
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    last = lines[-1] if lines else "no output"
+    error = RlaifError(f"{name} failed ({last}); the whole story is in {log}")
+    error.exit_code = code if code and code > 0 else 1
+    return error
+
+
+def _start(job: Job, folder: Path, parallel: int) -> Any:
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    process = multiprocessing.get_context("fork").Process(
+        target=_work, args=(job, folder, parallel), name=job.name
+    )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    process.start()
+    return process
+
+
+def _work(job: Job, folder: Path, parallel: int) -> None:
+    """Run the job; the child process."""
+    import torch
+
+    log = os.open(folder / "logs" / f"{job.name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    torch.set_num_threads(max((os.cpu_count() or 1) // parallel, 1))
+    started = time.monotonic()
+    try:
+        if ":" in job.command:
+            load(job.command)(job.table)
+        else:
+            command = COMMANDS[job.command]
+            load(command.function)(build_options(load(command.options), _plain(job.table)))
+    except RlaifError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.flush()
+        os._exit(error.exit_code)
+    except BaseException:  # the child's last word goes to its log
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _MIB
+    write_json(
+        _record(job, folder),
+        {
+            "command": job.command,
+            "table": _plain(job.table),
+            "seconds": time.monotonic() - started,
+            "peak_mib": peak,
+        },
+    )
+    sys.stdout.flush()
+    os._exit(0)
