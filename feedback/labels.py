@@ -53,6 +53,7 @@ _NUMBER = re.compile(
     r"(?P<range>\s*(?:-|–|—|,|to\b|or\b|and\b)\s*\d)?(?![\w%/])(?!\.\d)"
 )
 _BARE = re.compile(r"^\s*(?:[-#>]+\s+)?[\"'“”‘’(\[{]*(?P<label>[\w-]+?)[\])}\"'“”‘’.!:]*\s*$")
+_LONGEST = 300  # characters in which a verdict must be said
 _SEPARATORS = re.compile(r"\s*(?:>+|≻|,|;|\n)\s*")
 
 
@@ -65,6 +66,7 @@ def read_label(content: str, labels: Sequence[str], *, tie: str | None = None) -
         tie: the label that means 'equal'; words such as "tie" count only where it is offered.
     """
     choices = [*labels, tie] if tie is not None else list(labels)
+    content = content[:_LONGEST]
     if _TIE_WORDS.match(content):
         return tie
     rest = content.strip()
@@ -148,7 +150,7 @@ def read_number(content: str, *, most: float | None = None) -> float | None:
 
     "4-5" is a range and "4/10" on a scale that ends at 5 is another scale: neither is read.
     """
-    rest = content.strip()
+    rest = content[:_LONGEST].strip()
     while True:
         found = _NUMBER.match(rest)
         if found is not None:
@@ -191,8 +193,11 @@ def find_ranking(text: str, labels: Sequence[str]) -> Chain | None:
     A chain that runs on to a label that was not shown is not complete.
     """
     label = "|".join(re.escape(name) for name in sorted(labels, key=len, reverse=True))
-    item = rf"[\"'(\[]*(?:{_NOUN}\s*)?[\"'(\[]*(?<!\w)(?:{label})(?!\w)[\"')\]]*"
-    sign = r"[ \t]*(?:>+|≻|=+|≈)[ \t]*"
+    item = (
+        rf"[\"'(\[]{{0,3}}(?:{_NOUN}\s{{0,3}})?[\"'(\[]{{0,3}}"
+        rf"(?<!\w)(?:{label})(?!\w)[\"')\]]{{0,3}}"
+    )
+    sign = r"[ \t]{0,4}(?:>{1,3}|≻|={1,2}|≈)[ \t]{0,4}"
     chain = re.compile(rf"(?<!\w){item}(?:{sign}{item})+(?!{sign}\S)", re.IGNORECASE)
     for found in reversed(list(chain.finditer(text))):
         groups = read_ranking(found[0], labels)

@@ -10,6 +10,7 @@ What stands behind a mark is read by a function of the caller (``feedback.labels
 
 from __future__ import annotations
 
+import bisect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ _TAGS = re.compile(
     re.IGNORECASE,
 )
 _WEAK = re.compile(
-    r"(?<![\w-])(?:(?:the|my|final|better|best|preferred|stronger|superior) )+"
+    r"(?<![\w-])(?:(?:the|my|final|better|best|preferred|stronger|superior) ){1,4}"
     r"(?:answer|choice|pick|preference|reply|response|completion|option|output|candidate|"
     r"assistant|one|verdict|decision|winner|rating|score|ranking)\b[ \t]*(?::|=|is\b:?)"
     r"|^[ \t#>-]*(?:answer|choice|result|preference|output)[ \t]*[:=]"
@@ -64,7 +65,7 @@ class Found(Generic[Value]):
 
 @lru_cache
 def _strong_pattern(words: str) -> re.Pattern[str]:
-    lead = r"(?:(?:final|overall|my|total)[ \t]+)*"
+    lead = r"(?:(?:final|overall|my|total)[ \t]{1,3}){0,3}"
     return re.compile(
         rf"(?<![\w-]){lead}(?:{words})\b[ \t]*(?:\([^()\n]{{0,30}}\))?[ \t]*[:=]"
         rf"|^[ \t#>-]*{lead}(?:{words})[ \t.]*$",
@@ -94,10 +95,16 @@ def find_marks(text: str, words: str) -> list[Mark]:
     weak = [
         (found.start(), found.end())
         for found in _WEAK.finditer(text)
-        if not any(start <= found.end() - 1 < end for start, end in strong)
+        if not _inside(found.end() - 1, strong)
     ]
     marks += _behind(text, weak, strong=False)
     return sorted(marks, key=lambda mark: mark.start)
+
+
+def _inside(place: int, spans: list[tuple[int, int]]) -> bool:
+    """Return whether ``place`` lies in one of ``spans``, which are sorted and apart."""
+    at = bisect.bisect_right(spans, (place, len(spans) + place)) - 1
+    return at >= 0 and spans[at][0] <= place < spans[at][1]
 
 
 def _behind(text: str, heads: list[tuple[int, int]], *, strong: bool) -> list[Mark]:

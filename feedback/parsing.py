@@ -39,6 +39,7 @@ __all__ = [
 ]
 
 Value = TypeVar("Value")
+_LONGEST_REPLY = 50_000
 _PAIRWISE_WORDS = "verdict|decision|judge?ment|winner"
 _RATING_WORDS = "verdict|rating|score|grade"
 _LISTWISE_WORDS = "verdict|ranking|order"
@@ -82,7 +83,8 @@ def _answer(
         finish_reason = None if finish_reason == "length" else finish_reason
     if open_thinking:
         return "", finish_reason, no_verdict(text, finish_reason, "reasoning without an answer")
-    plain = plain_text(answer)
+    # A reply this long has run away; its verdict, if any, stands at the end.
+    plain = plain_text(answer[-_LONGEST_REPLY:])
     if not plain.strip():
         return "", finish_reason, no_verdict("", finish_reason, "the reply is empty")
     return plain, finish_reason, None
@@ -207,8 +209,10 @@ def last_json_object(text: str, key: str) -> dict[str, Any] | None:
     while position >= 0:
         try:
             value, position = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError):
+        except ValueError:
             position += 1
+        except RecursionError:
+            return result  # nested beyond reason; what follows would be no better
         else:
             if isinstance(value, dict) and key in value:
                 result = value

@@ -36,7 +36,7 @@ _TASK = (
 # Indecision between two good replies is not a refusal, unless it comes with an excuse.
 _CHOICE = r"(?:choos(?:e|ing)|decid(?:e|ing)|determin(?:e|ing)|select(?:ing)?|pick(?:ing)?|say)\b"
 _OPENING = re.compile(
-    rf"^\W*(?:(?:{_SORRY}|{_AS_A_MODEL})+{_DECLINE}(?:{_TASK}|{_CHOICE})|{_DECLINE}{_TASK})",
+    rf"^\W*(?:(?:{_SORRY}|{_AS_A_MODEL}){{1,2}}{_DECLINE}(?:{_TASK}|{_CHOICE})|{_DECLINE}{_TASK})",
     re.IGNORECASE,
 )
 _BARE = re.compile(

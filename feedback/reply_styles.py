@@ -32,6 +32,9 @@ from feedback.templates import Mode, Template
 __all__ = ["STYLES", "read_reply", "turns_text"]
 
 
+_LONGEST = 50_000  # a reply longer than this has run away; its verdict stands at the end
+
+
 def turns_text(reply: Any) -> str:
     """Return the text of a reply that some files store as ``[{"turns": [...]}]``; the last turn."""
     if isinstance(reply, str):
@@ -49,8 +52,8 @@ def read_reply(style: str, reply: Any, *, shown: int = 2) -> Reading:
     Raises:
         KeyError: the style is none of ``STYLES``.
     """
-    text = turns_text(reply)
-    if not text.strip():
+    text = turns_text(reply)[-_LONGEST:]
+    if not plain_text(text).strip():
         return no_verdict("", None, "the reply is empty")
     return read_chain(text, shown) if style == "chain" else STYLES[style](text)
 

@@ -17,6 +17,7 @@ from feedback.parsing import (
     parse_reply,
 )
 from feedback.refusal import is_refusal
+from feedback.reply_styles import STYLES, read_reply
 from feedback.templates import Template
 
 
@@ -434,3 +435,28 @@ def test_any_text_gives_a_reading_and_only_offered_labels(text):
         reading = parse_reply(text, asked, shown=3)
         assert reading.label is None or reading.label in asked.choices
         assert reading.has_verdict or (reading.reason and reading.score is None)
+
+
+RUNAWAY = (
+    "{", '{"a":', "Verdict: ", "A > B ", "A > ", "[[", "<verdict>", " ", "\n", "the ", "final ",
+    "my ", "\\boxed{", "I'm sorry ", "*", "(", "9", "1, ", '"', "- ", "A", "<think>",
+    '{"verdict": "A"} ', "Assistant 1 a score of ", "both ", "Response 1 is ",
+)  # fmt: skip
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("piece", RUNAWAY)
+def test_replies_that_ran_away_are_read_in_linear_time(piece):
+    """A judge that repeats itself for 100,000 characters costs no more than its length."""
+    text = piece * (100_000 // len(piece))
+    for kind, mode in (
+        ("pairwise", "label"),
+        ("pairwise", "rationale"),
+        ("pairwise", "structured"),
+        ("listwise", "rationale"),
+        ("rating", "rationale"),
+    ):
+        reading = parse_reply(text, template(kind, mode), shown=4, finish_reason="length")
+        assert reading.outcome in ("decided", "truncated", "refused", "unparsed")
+    for style in STYLES:
+        read_reply(style, text, shown=4)
