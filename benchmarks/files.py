@@ -1,7 +1,7 @@
 """The README's annotated file tree, from the first sentence of each module's docstring.
 
-    python benchmarks/files.py            print it
-    python benchmarks/files.py --write    put it into README.md between its markers
+python benchmarks/files.py            print it
+python benchmarks/files.py --write    put it into README.md between its markers
 """
 
 from __future__ import annotations

@@ -144,13 +144,13 @@ class Verdict:
     """Which repetition of the same question this is (0 unless repeats were asked for)."""
     usage: Usage = field(default_factory=Usage)
     cost: float = 0.0
-    """Price of the call in US dollars by the user's price table; 0 for local engines and the cache."""
+    """Price of the call in US dollars, by the price table; 0 for local engines and the cache."""
     latency_s: float = 0.0
     attempts: int = 1
     cached: bool = False
     """True when the reply came from the cache and no call was made."""
     flags: list[str] = field(default_factory=list)
-    """Facts a reader must know: ``truncated_prompt``, ``truncated_completions``, ``neutralised``."""
+    """What a reader must know: ``truncated_prompt``, ``truncated_completions``, ``neutralised``."""
     principle: str | None = None
     """Constitution principle drawn for this call, if any."""
     error: str | None = None
@@ -184,7 +184,7 @@ class Preference:
     chosen: PromptText
     rejected: PromptText
     margin: float
-    """Strength of the preference, >= 0: ``2 * p_chosen - 1``, or a score gap if there are scores."""
+    """Strength of the preference, >= 0: ``2 * p_chosen - 1``, or a gap of scores if there are any."""
     p_chosen: float
     """P(chosen preferred) in [0.5, 1]; with ``tie`` true the judge called it a tie."""
     prompt_id: str
