@@ -184,7 +184,7 @@ class Preference:
     chosen: PromptText
     rejected: PromptText
     margin: float
-    """Strength of the preference, >= 0: ``2 * p_chosen - 1``, or a gap of scores if there are any."""
+    """Strength of the preference, >= 0: ``2 * p_chosen - 1``, or a gap of scores, if any."""
     p_chosen: float
     """P(chosen preferred) in [0.5, 1]; with ``tie`` true the judge called it a tie."""
     prompt_id: str
