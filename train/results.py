@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from accelerate import PartialState
+
 from feedback.errors import InputError
 from feedback.records import content_id
 from feedback.shards import (
@@ -30,7 +32,7 @@ from feedback.shards import (
 from train.chat import DataReport
 from train.config import TrainOptions
 from train.data import Group
-from train.models import resolve_model
+from train.models import resolve_device, resolve_model
 from train.trainer import Objective, PackedTrainer, newest_checkpoint
 
 __all__ = ["Trained", "announce", "conclude", "finished", "fit"]
@@ -90,7 +92,9 @@ def fit(
     started = time.perf_counter()
     output = options.output
     output.mkdir(parents=True, exist_ok=True)
-    checkpoint = _checkpoint(options, command)
+    state = PartialState(cpu=resolve_device(options.device) == "cpu")
+    with state.main_process_first():
+        checkpoint = _checkpoint(options, command, write=state.is_main_process)
     trainer = PackedTrainer(
         model=model,
         options=options,
@@ -184,8 +188,8 @@ def _source_identity(source: Path) -> str:
     return content_id([(file.name, file.stat().st_size) for file in files if file.is_file()])
 
 
-def _checkpoint(options: TrainOptions, command: str) -> Path | None:
-    """Return the checkpoint to continue from, and note whose run this folder is."""
+def _checkpoint(options: TrainOptions, command: str, *, write: bool) -> Path | None:
+    """Return the checkpoint to continue from; ``write``: note whose run this folder is."""
     folder = options.output / "checkpoints"
     path = options.output / "run.json"
     identity = {"command": command, **_identity(options)}
@@ -201,9 +205,10 @@ def _checkpoint(options: TrainOptions, command: str) -> Path | None:
                     path=folder,
                 )
             return newest
-    shutil.rmtree(folder, ignore_errors=True)
-    (options.output / RECORD).unlink(missing_ok=True)
-    write_json(path, identity)
+    if write:
+        shutil.rmtree(folder, ignore_errors=True)
+        (options.output / RECORD).unlink(missing_ok=True)
+        write_json(path, identity)
     return None
 
 

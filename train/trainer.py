@@ -278,16 +278,17 @@ class PackedTrainer(Trainer):
     def _row_loss(self, model: Any, batch: PackedBatch, counts: Counts) -> Tensor:
         batch = batch.to(self.args.device, non_blocking=True)
         outcome = self.objective.loss(model, batch, counts)
+        self._collect(outcome.metrics, counts=batch.counts)
         if not batch.counts:
             return outcome.loss * 0.0
-        self._collect(outcome.metrics)
         # Wrappers average gradients over processes; counts are totals, so undo that.
         return outcome.loss * self.packing.processes
 
-    def _collect(self, metrics: Metrics) -> None:
+    def _collect(self, metrics: Metrics, *, counts: bool = True) -> None:
+        """Keep sums and counts; a filler's count as zero, so that all processes have all names."""
         for name, (total, count) in metrics.items():
             pair = torch.stack([total.detach().float().to(self.args.device), _scalar(count, total)])
-            self._sums.setdefault(name, []).append(pair)
+            self._sums.setdefault(name, []).append(pair if counts else torch.zeros_like(pair))
 
     def _drain(self) -> dict[str, float]:
         """Return the means of what was collected since the last call, over all processes."""
@@ -331,16 +332,13 @@ class PackedTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             for number in range(len(dataset.plan(0))):
                 step = dataset[0, number]
+                share = torch.tensor(float(step.groups), device=self.args.device)
+                self._collect({"loss": (share * 0, share / self.packing.processes)})
                 for batch in step.batches:
                     moved = batch.to(self.args.device)
-                    if not moved.counts:
-                        self.objective.loss(model, moved, step.counts)
-                        continue
                     outcome = self.objective.loss(model, moved, step.counts)
-                    share = step.groups
-                    self._collect(outcome.metrics)
-                    total = outcome.loss * share * self.packing.processes
-                    self._collect({"loss": (total, share / len(step.batches))})
+                    self._collect(outcome.metrics, counts=moved.counts)
+                    self._collect({"loss": (outcome.loss * share, 0.0)}, counts=moved.counts)
         means = {f"{metric_key_prefix}_{name}": value for name, value in self._drain().items()}
         means[f"{metric_key_prefix}_seconds"] = time.perf_counter() - started
         self._sums = kept
