@@ -169,6 +169,7 @@ def second_run(bench: Bench) -> None:
         time.sleep(0.02)
         assert first.poll() is None
     code, stderr = finish(bench.start(out))
+    assert first.poll() is None, "the first run ended before the second began: more --prompts"
     bench.proxy.latency_s = 0.0
     assert finish(first)[0] == 0
     refused = code == 2 and "another run is writing this folder" in stderr

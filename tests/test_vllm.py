@@ -67,7 +67,7 @@ def main():
     found["judged"] = list(backend.judge(judge_calls()))
     taken = []
     def counted():
-        for call in judge_calls() * 3:
+        for call in judge_calls() * 10:
             taken.append(call)
             yield call
     stream = backend.judge(counted())
@@ -278,8 +278,8 @@ def test_both_orders_share_their_beginning(in_process: dict[str, Any]) -> None:
 
 
 def test_calls_are_read_ahead_but_not_all_at_once(in_process: dict[str, Any]) -> None:
-    """A block beyond two full steps of the scheduler (16 sequences each), of 72 calls."""
-    assert in_process["taken"] == 64
+    """A small block, one to be queued behind it and one being tokenised, of 240 calls."""
+    assert in_process["taken"] == 8 + 64 + 64
 
 
 def test_sampling_is_seeded(in_process: dict[str, Any]) -> None:
