@@ -34,6 +34,8 @@ class RunTotals:
     cached_tokens: int = 0
     completion_tokens: int = 0
     cost: float = 0.0
+    in_flight: int = 0
+    """Most calls under way at once."""
     started: float = field(default_factory=time.perf_counter)
     cpu_started: float = field(default_factory=time.process_time)
 
@@ -64,7 +66,8 @@ class RunTotals:
         return (
             f"{self.verdicts} verdicts in {seconds:.1f} s ({outcomes or 'nothing to ask'}): "
             f"{self.verdicts / seconds:.1f} verdicts/s, {tokens / seconds:.0f} tokens/s, "
-            f"prefix reuse {shared:.0%}, from cache {self.from_cache / count:.0%}, "
+            f"in flight {self.in_flight}, prefix reuse {shared:.0%}, "
+            f"from cache {self.from_cache / count:.0%}, "
             f"{cpu / count * 1000:.2f} CPU ms per verdict, cost ${self.cost:.4f}"
         )
 
@@ -135,6 +138,10 @@ class LabelingRun:
             if self.cache is not None and verdict.outcome != "failed":
                 self.cache.put(asked.call, reply, repeat=asked.question.repeat)
             self._keep(verdict)
+        # Calls taken from here include those an endpoint's gate still holds back.
+        gate = getattr(self.backend, "gate_state", None)
+        if gate is not None:
+            self.totals.in_flight = gate.most_in_flight
         for asked in self._open.values():
             self.budget.settle(asked.call.call_id, Usage())
             self._keep(self.judge.lost(asked))
@@ -161,6 +168,7 @@ class LabelingRun:
             if not self.budget.admit(asked.call):
                 return
             self._open[verdict_id] = asked
+            self.totals.in_flight = max(self.totals.in_flight, len(self._open))
             yield asked.call
 
     def _keep(self, verdict: Verdict) -> None:
