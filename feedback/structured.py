@@ -1,7 +1,7 @@
 """The JSON schema that a structured reply must follow, from the template that asks for it.
 
-The rationale comes first, so that a model writes its reasons before its verdict. What this describes
-is read by ``parsing.parse_json``.
+The rationale comes first, so that a model writes its reasons before its verdict. What this
+describes is read by ``parsing.parse_json``.
 """
 
 from __future__ import annotations
