@@ -63,7 +63,7 @@ def parse_options(kind: type[Any], name: str, words: list[str]) -> Any:
 
     recipe, words = _take_recipe(_name_first(kind, words))
     table = {} if recipe is None else recipe_table(recipe, name)
-    if name == "run" and recipe is not None:
+    if name in ("run", "compare") and recipe is not None:
         table = {**table, "recipe": recipe}
     default = _with_missing(kind, table, recipe)
     if not {"-h", "--help"} & set(words):

@@ -106,6 +106,11 @@ COMMANDS: dict[str, Command] = {
         "feedback.versions:run",
         "what changed between two versions of a data set",
     ),
+    "compare": Command(
+        "train.compare_config:CompareOptions",
+        "train.compare:run",
+        "SFT, best-of-n, DPO, RRHF and PPO on one judge's labels, at equal tokens",
+    ),
     "page": Command(
         "feedback.page:PageOptions",
         "feedback.page:run",

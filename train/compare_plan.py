@@ -8,6 +8,7 @@ model, PPO's samples, best-of-n's samples) is counted apart and shown beside it.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,22 @@ from train.compare_jobs import Job
 from train.config import DpoOptions, RrhfOptions, SftOptions, TrainOptions
 from train.data import read_groups
 from train.documents import read_documents
+from train.evaluate import EvaluateOptions
 from train.models import load_tokenizer
 from train.packing import group_tokens
 from train.ppo_config import PpoOptions
 
-__all__ = ["Data", "Lengths", "measure", "training_job", "write_best"]
+__all__ = [
+    "Comparison",
+    "Data",
+    "Lengths",
+    "evaluation_options",
+    "measure",
+    "start_engine",
+    "training_job",
+    "underscored",
+    "write_best",
+]
 
 Table = dict[str, Any]
 
@@ -92,8 +104,7 @@ def measure(data: Data, recipe: Mapping[str, Any], scratch: Path) -> Lengths:
 
 
 def _base(table: Mapping[str, Any], source: Path, output: Path) -> Table:
-    given = {key.replace("-", "_"): value for key, value in table.items()}
-    return {**given, "data": [str(source)], "output": str(output)}
+    return {**underscored(table), "data": [str(source)], "output": str(output)}
 
 
 def training_job(
@@ -135,7 +146,7 @@ def training_job(
         steps = max(round(tokens / per_step), 1)
         table |= {"steps": steps, "seed": seed}
         if copies:
-            table["copy_every"] = max(steps // (copies + 1), 1)
+            table["copy_every"] = math.ceil(steps / (copies + 1))
         return Job(name, "ppo", table, needs, _meta(algorithm, seed, per_step, steps))
     source = {"sft": data.best, "dpo": data.preferences, "rrhf": data.rankings}[algorithm]
     kinds: dict[str, type[TrainOptions]] = {
@@ -151,7 +162,8 @@ def training_job(
     steps = max(round(tokens / per_step), 1)
     table |= {"max_steps": steps, "epochs": 1000.0, "seed": seed}
     if copies:
-        table |= {"save_every": max(steps // (copies + 1), 1), "keep_checkpoints": copies + 1}
+        # transformers saves once more at the end.
+        table |= {"save_every": math.ceil(steps / (copies + 1)), "keep_checkpoints": copies + 2}
     return Job(name, algorithm, table, needs, _meta(algorithm, seed, per_step, steps))
 
 
@@ -160,7 +172,69 @@ def _meta(algorithm: str, seed: int, per_step: float, steps: int) -> Table:
 
 
 def _ppo_table(table: Mapping[str, Any], data: Data, output: Path) -> Table:
-    given = {key.replace("-", "_"): value for key, value in table.items()}
+    given = underscored(table)
     given.setdefault("prompts", [str(data.candidates)])
     given.setdefault("reward", {"kind": "model", "models": [str(data.reward_model)]})
     return {**given, "output": str(output)}
+
+
+def underscored(table: Mapping[str, Any]) -> Table:
+    """Return a recipe's table with its keys spelled as the options' fields are."""
+    return {key.replace("-", "_"): value for key, value in table.items()}
+
+
+def start_engine(recipe: Mapping[str, Any]) -> Table:
+    """Return the engine of the starting policy: the recipe's, or DPO's model on the default one."""
+    table = underscored(recipe.get("evaluate", {}))
+    model = underscored(recipe.get("dpo", {})).get("model", "pocket:policy")
+    return {"model": model, **table.get("start", {})}
+
+
+def evaluation_options(recipe: Mapping[str, Any]) -> EvaluateOptions:
+    """Return how policies are evaluated."""
+    return build_options(EvaluateOptions, underscored(recipe.get("evaluate", {})))
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What the parts of one comparison share."""
+
+    options: CompareOptions
+    recipe: Mapping[str, Any]
+    data: Data
+    lengths: Lengths
+    tokens: int
+
+    def train(self, algorithm: str, name: str, seed: int, **changes: Any) -> Job:
+        """Return the training of an algorithm on the comparison's data, or as ``changes`` say."""
+        return training_job(
+            algorithm,
+            name=name,
+            seed=seed,
+            **{
+                "data": self.data,
+                "lengths": self.lengths,
+                "tokens": self.tokens,
+                "recipe": self.recipe,
+                "options": self.options,
+                **changes,
+            },
+        )
+
+    def evaluate(self, name: str, *, model: Path | None, needs: str, **changes: Any) -> Job:
+        """Return the evaluation of a policy folder, or of completions that are there already."""
+        start = start_engine(self.recipe)
+        table = {
+            **underscored(self.recipe.get("evaluate", {})),
+            "start": start,
+            "policy": {**start, "model": str(model) if model else start["model"]},
+            "out": str(self.options.folder / "evaluations" / name),
+            "start_samples": str(self.options.folder / "evaluations" / "start"),
+            **changes,
+        }
+        return Job(
+            f"evaluate-{name}",
+            "train.compare_measure:evaluate_table",
+            {"evaluate": table, "reward_model": str(self.data.reward_model)},
+            (needs, "start"),
+        )

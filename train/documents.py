@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from feedback.errors import InputError, nearest
-from feedback.records import content_id
+from feedback.records import Message, content_id
 from train.chat import ChatFormat, DataReport
 from train.data import Group
 
@@ -183,9 +183,7 @@ def _string(value: Any) -> str:
     return value
 
 
-def _conversation(
-    messages: Sequence[dict[str, str]], chat: ChatFormat, *, first: int = 0
-) -> list[_Part]:
+def _conversation(messages: Sequence[Message], chat: ChatFormat, *, first: int = 0) -> list[_Part]:
     """Cut a conversation into parts: loss on assistant turns from message ``first`` on.
 
     Each assistant turn is cut where generation would start it, so that ids are those of sampling.

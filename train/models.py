@@ -252,11 +252,11 @@ def enable_packing(model: Any) -> None:
     check_supported(base.config)
     base.set_attn_implementation(NAME)
     if not hasattr(type(base), "reads_packed_rows"):
-        base.__class__ = _packed_class(type(base))
+        base.__class__ = _packed_class(type(base))  # type: ignore[arg-type]
 
 
 @functools.cache
-def _packed_class(kind: type) -> type:
+def _packed_class(kind: Any) -> type:
     """Return a subclass whose forward takes packed requests too.
 
     A class, not a function on the object: a copied model must run its own weights. It keeps the
@@ -266,7 +266,7 @@ def _packed_class(kind: type) -> type:
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, packed: _Request | None = None, **kwargs: Any) -> Any:
         if packed is None:
-            return kind.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+            return kind.forward(self, *args, **kwargs)
         return _packed_forward(self, packed)
 
     names = {"forward": forward, "reads_packed_rows": True, "__qualname__": kind.__qualname__}

@@ -1,8 +1,8 @@
 """The embedded default models: where they lie. Importing this loads nothing heavy.
 
-``policy`` and ``judge`` are one set of weights that does both; ``second-judge`` was trained on other
-dialogues from another seed and serves evaluation alone. The model cards beside the weights say where
-they come from, what they can do and under which licence they stand.
+``policy`` and ``judge`` are one set of weights that does both; ``second-judge`` was trained on
+other dialogues from another seed and serves evaluation alone. The model cards beside the weights
+say where they come from, what they can do and under which licence they stand.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ def model_path(name: str) -> Path:
     """
     folder = _FOLDERS.get(name.removeprefix(_PREFIX))
     if folder is None:
-        raise InputError(
-            f"no pocket model named {name!r}{nearest(_PREFIX + name.removeprefix(_PREFIX), NAMES)} (there are: {', '.join(NAMES)})"
-        )
+        close = nearest(_PREFIX + name.removeprefix(_PREFIX), NAMES)
+        raise InputError(f"no pocket model named {name!r}{close} (there are: {', '.join(NAMES)})")
     return Path(__file__).parent / folder

@@ -67,7 +67,10 @@ def dialogue_contest(
             continue
         prompt, truth = found
         contest = _contest(
-            prompt, truth, plan, lambda flaw: spoil(flaw, truth, prompt, material, rng)
+            prompt,
+            truth,
+            plan,
+            lambda flaw: spoil(flaw, truth, prompt, material, rng),  # noqa: B023
         )
         if contest is not None:
             return contest
@@ -97,7 +100,7 @@ def booking_contest(
             booking.messages,
             good,
             plan,
-            lambda flaw: _spoil_booking(flaw, booking, good, material, rng),
+            lambda flaw: _spoil_booking(flaw, booking, good, material, rng),  # noqa: B023
         )
         if contest is not None:
             return contest

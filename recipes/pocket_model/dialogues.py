@@ -1,6 +1,6 @@
-"""Reads the dialogue corpora (SGD, Taskmaster) and splits them, by dialogue, among the models.
+r"""Reads the dialogue corpora (SGD, Taskmaster) and splits them, by dialogue, among the models.
 
-A line of the source file is ``{"text": "Human: ...\\n\\nAssistant: ..."}``. The assistant model, the
+A line of the source file is ``{"text": "Human: ...\n\nAssistant: ..."}``. The assistant model, the
 second judge and the evaluation see disjoint dialogues.
 """
 

@@ -1,0 +1,279 @@
+"""SFT, best-of-n, DPO, RRHF and PPO on one judge's labels, at equal tokens, scored by others.
+
+    rlaif compare --recipe recipes/compare.toml
+
+The data is made once (sample, judge, pair, reward model); then every algorithm is trained once per
+seed on the same number of tokens, and every policy meets the starting one on prompts that nothing
+was trained on, before judges and a programmatic check that labelled nothing. Two experiments can be
+added: the judge's labels against gold labels on the same pairs, and a planted length bias.
+
+Writes ``comparison.json`` and ``comparison.html``; everything that is finished is kept, so a
+stopped comparison continues.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from feedback.config import build_options, load_recipe
+from feedback.errors import RecipeError
+from feedback.progress import say
+from feedback.shards import write_json, write_text
+from train.compare_config import CompareOptions
+from train.compare_jobs import Job, run_jobs
+from train.compare_labels import bias_verdicts, gold_preferences
+from train.compare_page import render_comparison
+from train.compare_plan import (
+    Comparison,
+    Data,
+    evaluation_options,
+    measure,
+    start_engine,
+    underscored,
+    write_best,
+)
+from train.compare_summary import KINDS, print_table, summarise
+from train.config import DpoOptions
+from train.models import resolve_device
+from train.pipeline import PipelineOptions
+from train.pipeline import run as run_pipeline
+
+__all__ = ["run"]
+
+
+def run(options: CompareOptions) -> None:
+    """Make the data, train, evaluate, and write the table and the page.
+
+    Raises:
+        RecipeError: the recipe lacks a table, or a table is wrong.
+        RlaifError: a training or an evaluation failed; the message names its log.
+    """
+    if not options.recipe:
+        raise RecipeError("compare needs --recipe: its tables say how each algorithm is run")
+    recipe = load_recipe(options.recipe)
+    run_pipeline(
+        PipelineOptions(
+            folder=options.folder / "data",
+            stages=("sample", "judge", "pair", "reward"),
+            recipe=options.recipe,
+        )
+    )
+    shared = _prepare(options, recipe)
+    jobs = _jobs(shared)
+    say(f"{len(jobs)} trainings and evaluations, {shared.tokens:,} tokens per training")
+    results = run_jobs(jobs, options.folder, parallel=_parallel(options), say=say)
+    record = summarise(shared, jobs, results)
+    write_json(options.folder / "comparison.json", record)
+    write_text(options.folder / "comparison.html", render_comparison(record))
+    print_table(record)
+    say(f"page: {options.folder / 'comparison.html'}")
+
+
+def _prepare(options: CompareOptions, recipe: Mapping[str, Any]) -> Comparison:
+    folder = options.folder / "data"
+    data = Data(
+        preferences=folder / "preferences",
+        rankings=folder / "rankings",
+        candidates=folder / "candidates",
+        best=write_best(folder / "rankings", folder / "best.jsonl"),
+        reward_model=folder / "reward-model",
+    )
+    lengths = measure(data, recipe, options.folder)
+    dpo = build_options(
+        DpoOptions,
+        {**underscored(recipe.get("dpo", {})), "data": [], "output": str(options.folder)},
+    )
+    tokens = options.tokens or round(lengths.dpo * dpo.epochs)
+    return Comparison(options, recipe, data, lengths, tokens)
+
+
+def _parallel(options: CompareOptions) -> int:
+    if options.jobs:
+        return options.jobs
+    return 1 if resolve_device("auto") == "cuda" else os.cpu_count() or 1
+
+
+# --- the jobs
+
+
+def _jobs(shared: Comparison) -> list[Job]:
+    options = shared.options
+    jobs = [_start_job(shared)]
+    if "methods" in options.parts:
+        for algorithm in options.algorithms:
+            for seed in options.seeds:
+                jobs += _method_jobs(shared, algorithm, seed)
+    if "labels" in options.parts:
+        jobs += _label_jobs(shared)
+    if "bias" in options.parts:
+        jobs += _bias_jobs(shared)
+    return jobs
+
+
+def _start_job(shared: Comparison) -> Job:
+    """Sample the starting policy once for all evaluations."""
+    chosen = evaluation_options(shared.recipe)
+    table = {
+        "prompts": str(chosen.prompts),
+        "out": str(shared.options.folder / "evaluations" / "start"),
+        "engine": start_engine(shared.recipe),
+        "completions": chosen.completions,
+        "temperatures": [chosen.temperature],
+        "top_p": chosen.top_p,
+        "max_tokens": chosen.max_tokens,
+        "repeats": "keep",
+        "seed": chosen.seed + 1,
+        "limit": chosen.limit,
+        "on_change": "replace",
+    }
+    return Job("start", "sample", table)
+
+
+def _method_jobs(shared: Comparison, algorithm: str, seed: int) -> list[Job]:
+    """Return the training of one algorithm at one seed, and the evaluations of its policies."""
+    options = shared.options
+    name = f"{algorithm}-{seed}"
+    if algorithm == "bon":
+        return _best_of_jobs(shared, seed)
+    copies = options.copies if seed == options.seeds[0] else 0
+    training = shared.train(algorithm, name, seed, copies=copies)
+    output = options.folder / "policies" / name
+    jobs = [training, shared.evaluate(name, model=output, needs=name, seed=seed)]
+    every = training.table.get("copy_every") or training.table.get("save_every") or 0
+    for place in range(1, copies + 1):
+        step = every * place
+        if step and step < training.meta["steps"]:
+            copy = (
+                f"policies/step-{step:06d}"
+                if algorithm == "ppo"
+                else (f"checkpoints/checkpoint-{step}")
+            )
+            label = f"{name}-step-{step}"
+            jobs.append(shared.evaluate(label, model=output / copy, needs=name, seed=seed))
+    return jobs
+
+
+def _sizes(best_of: int) -> list[int]:
+    """Return the powers of 2 up to ``best_of``, and it."""
+    powers = [2**power for power in range(1, best_of.bit_length())]
+    return sorted({*(size for size in powers if size <= best_of), best_of})
+
+
+def _best_of_jobs(shared: Comparison, seed: int) -> list[Job]:
+    options, chosen = shared.options, evaluation_options(shared.recipe)
+    first = seed == options.seeds[0]
+    sizes = _sizes(options.best_of) if first else [options.best_of]
+    out = options.folder / "best-of-n" / f"seed-{seed}"
+    table = {
+        "prompts": str(chosen.prompts),
+        "out": str(out),
+        "engine": start_engine(shared.recipe),
+        "reward_model": str(shared.data.reward_model),
+        "sizes": sizes,
+        "temperature": chosen.temperature,
+        "max_tokens": chosen.max_tokens,
+        "seed": seed + 1000,
+        "limit": chosen.limit,
+    }
+    name = f"bon-{seed}"
+    meta = {"algorithm": "bon", "seed": seed, "tokens": 0, "steps": 0}
+    jobs = [Job(name, "train.best_of_n:run_table", table, (), meta)]
+    for size in sizes:
+        jobs.append(
+            shared.evaluate(
+                name if size == options.best_of else f"{name}-of-{size}",
+                model=None,
+                needs=name,
+                policy_samples=str(out / f"n-{size}"),
+                kl=False,
+                completions=1,
+            )
+        )
+    return jobs
+
+
+def _label_jobs(shared: Comparison) -> list[Job]:
+    """DPO on the judge's labels and on the gold check's, for the same pairs and seeds."""
+    options = shared.options
+    gold = options.folder / "labels" / "gold" / "preferences"
+    gold_preferences(shared.data.candidates, shared.data.preferences, gold)
+    data = Data(
+        gold,
+        shared.data.rankings,
+        shared.data.candidates,
+        shared.data.best,
+        shared.data.reward_model,
+    )
+    jobs = []
+    for seed in options.seeds:
+        name = f"labels-gold-{seed}"
+        jobs.append(shared.train("dpo", name, seed, data=data))
+        output = options.folder / "policies" / name
+        jobs.append(shared.evaluate(name, model=output, needs=name, seed=seed))
+        if "methods" not in options.parts or "dpo" not in options.algorithms:
+            mine = f"dpo-{seed}"
+            jobs.append(shared.train("dpo", mine, seed))
+            output = options.folder / "policies" / mine
+            jobs.append(shared.evaluate(mine, model=output, needs=mine, seed=seed))
+    return jobs
+
+
+def _bias_jobs(shared: Comparison) -> list[Job]:
+    """Every algorithm on labels of a judge that likes length, made in three ways; one seed."""
+    options, seed = shared.options, shared.options.seeds[0]
+    source = options.folder / "data"
+    jobs: list[Job] = []
+    for kind in KINDS:
+        folder = options.folder / "labels" / kind
+        _biased_labels(shared, kind, folder)
+        data = Data(
+            preferences=folder / "preferences",
+            rankings=folder / "rankings",
+            candidates=source / "candidates",
+            best=write_best(folder / "rankings", folder / "best.jsonl"),
+            reward_model=folder / "reward-model",
+        )
+        reward = f"bias-{kind}-reward"
+        table = {
+            **underscored(shared.recipe.get("reward", {})),
+            "data": [str(data.preferences)],
+            "output": str(data.reward_model),
+            "seed": seed,
+        }
+        jobs.append(Job(reward, "reward", table))
+        for algorithm in options.algorithms:
+            if algorithm == "bon":
+                continue
+            name = f"bias-{kind}-{algorithm}"
+            needs = (reward,) if algorithm == "ppo" else ()
+            jobs.append(shared.train(algorithm, name, seed, data=data, needs=needs))
+            output = options.folder / "policies" / name
+            jobs.append(shared.evaluate(name, model=output, needs=name, seed=seed))
+    return jobs
+
+
+def _biased_labels(shared: Comparison, kind: str, folder: Path) -> None:
+    """Plant the bias into the verdicts and pair them as ``kind`` says."""
+    from feedback.pairing import PairOptions
+    from feedback.pairing import run as pair
+
+    source = shared.options.folder / "data"
+    bias_verdicts(
+        source / "verdicts",
+        source / "candidates",
+        folder / "verdicts",
+        strength=shared.options.bias,
+        orders="one" if kind == "hard" else "both",
+    )
+    table = {
+        **underscored(shared.recipe.get("pair", {})),
+        "verdicts": str(folder / "verdicts"),
+        "candidates": str(source / "candidates"),
+        "out": str(folder),
+        "labels": "hard" if kind == "hard" else "soft",
+        "remedy": "length" if kind == "corrected" else "none",
+    }
+    pair(build_options(PairOptions, table))

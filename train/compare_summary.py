@@ -1,0 +1,142 @@
+"""A comparison's figures from its evaluations: per method, along the way, and by kind of labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from feedback.progress import say
+from feedback.shards import package_versions
+from train.best_of_n import best_of_n_kl
+from train.compare_jobs import Job, JobResult
+from train.compare_measure import Outcome, difference, read_outcome
+from train.compare_plan import Comparison, evaluation_options
+
+__all__ = ["KINDS", "MODELS_HELD", "print_table", "summarise"]
+
+# Full sets of weights in memory: while training, or for best-of-n while sampling.
+MODELS_HELD = {"sft": 1, "bon": 2, "dpo": 1, "rrhf": 1, "ppo": 4}
+KINDS = ("hard", "soft", "corrected")
+"""How labels are made of the biased verdicts: hard from one order; soft from both; soft from both,
+with the pull of length taken out."""
+
+
+def summarise(
+    shared: Comparison, jobs: Sequence[Job], results: Mapping[str, JobResult]
+) -> dict[str, Any]:
+    """Return everything that the page shows, as JSON values."""
+    options = shared.options
+    record: dict[str, Any] = {
+        "tokens": shared.tokens,
+        "seeds": list(options.seeds),
+        "prompts": dict(shared.lengths.groups),
+        "lengths": {"prompt": shared.lengths.prompt, "completion": shared.lengths.completion},
+        "best_of": options.best_of,
+        "judges": [engine.model for engine in evaluation_options(shared.recipe).judges],
+        "methods": {},
+        "curves": {},
+        "versions": package_versions(),
+    }
+    outcomes: dict[str, Outcome] = {}
+    if "methods" in options.parts:
+        for algorithm in options.algorithms:
+            outcome = _outcome(shared, algorithm)
+            outcomes[algorithm] = outcome
+            record["methods"][algorithm] = {
+                **outcome.to_dict(),
+                **_cost(algorithm, jobs, results),
+            }
+            record["curves"][algorithm] = _curve(shared, algorithm, jobs)
+    if "labels" in options.parts:
+        record["labels"] = _labels(shared, outcomes.get("dpo") or _outcome(shared, "dpo"))
+    if "bias" in options.parts:
+        record["bias"] = _bias(shared)
+    return record
+
+
+def _folder(shared: Comparison, name: str) -> Path:
+    return shared.options.folder / "evaluations" / name
+
+
+def _outcome(shared: Comparison, algorithm: str) -> Outcome:
+    folders = [_folder(shared, f"{algorithm}-{seed}") for seed in shared.options.seeds]
+    kl = best_of_n_kl(shared.options.best_of) if algorithm == "bon" else None
+    return read_outcome(folders, kl=kl)
+
+
+def _cost(
+    algorithm: str, jobs: Sequence[Job], results: Mapping[str, JobResult]
+) -> dict[str, float]:
+    """Return the mean cost of one training (best-of-n: of its samples)."""
+    mine = [
+        job
+        for job in jobs
+        if job.meta.get("algorithm") == algorithm and job.name == f"{algorithm}-{job.meta['seed']}"
+    ]
+    count = len(mine)
+    return {
+        "tokens": sum(job.meta["tokens"] for job in mine) / count,
+        "steps": sum(job.meta["steps"] for job in mine) / count,
+        "seconds": sum(results[job.name].seconds for job in mine) / count,
+        "peak_mib": max(results[job.name].peak_mib for job in mine),
+        "models_held": MODELS_HELD[algorithm],
+    }
+
+
+def _curve(shared: Comparison, algorithm: str, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """Return points of KL, gold and reward: earlier copies and the end of the first seed."""
+    seed, best_of = shared.options.seeds[0], shared.options.best_of
+    prefix = f"evaluate-{algorithm}-{seed}"
+    points = []
+    for job in jobs:
+        if job.name != prefix and not job.name.startswith(f"{prefix}-"):
+            continue
+        name = job.name.removeprefix("evaluate-")
+        size = int(name.rpartition("-of-")[2]) if "-of-" in name else best_of
+        kl = best_of_n_kl(size) if algorithm == "bon" else None
+        outcome = read_outcome([_folder(shared, name)], kl=kl)
+        points.append(
+            {
+                "name": name,
+                "kl": outcome.kl,
+                "gold": outcome.gold.value if outcome.gold else None,
+                "reward": outcome.reward,
+                "length": outcome.length,
+            }
+        )
+    return sorted(points, key=lambda point: point["kl"] or 0.0)
+
+
+def _labels(shared: Comparison, judge: Outcome) -> dict[str, Any]:
+    seeds = shared.options.seeds
+    gold = read_outcome([_folder(shared, f"labels-gold-{seed}") for seed in seeds])
+    return {
+        "judge": judge.to_dict(),
+        "gold": gold.to_dict(),
+        "win_rate_difference": difference(judge, gold).to_dict(),
+    }
+
+
+def _bias(shared: Comparison) -> dict[str, Any]:
+    found: dict[str, Any] = {"strength": shared.options.bias, "labels": {}}
+    for kind in KINDS:
+        found["labels"][kind] = {
+            algorithm: read_outcome([_folder(shared, f"bias-{kind}-{algorithm}")]).to_dict()
+            for algorithm in shared.options.algorithms
+            if algorithm != "bon"
+        }
+    return found
+
+
+def print_table(record: Mapping[str, Any]) -> None:
+    """Print one line per method."""
+    for algorithm, row in record["methods"].items():
+        rate = next(iter(row["win_rate"].values()))["win_rate"]
+        gold = "" if row["gold"] is None else f"gold {row['gold']['value']:.3f}  "
+        kl = "" if row["kl"] is None else f"KL {row['kl']:.2f}  "
+        say(
+            f"{algorithm:5s} win rate {rate['value']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]  "
+            f"{gold}{kl}length {row['length']:.0f}  {row['seconds']:.0f} s  "
+            f"{row['peak_mib']:.0f} MiB  {row['models_held']} models"
+        )
