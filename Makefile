@@ -7,7 +7,7 @@ GPU := $(shell command -v nvidia-smi 2>/dev/null)
 RECIPE ?= recipes/pocket.toml
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup setup-test demo demo-short test check lint types generate-train abtest publish \
+.PHONY: help setup setup-test demo demo-short test check lint types generate-train abtest \
 	compare bench bench-judge bench-train bench-ppo clean
 
 help: ## list the targets
@@ -55,9 +55,6 @@ generate-train: setup ## sample, judge, pair, train, evaluate: RECIPE=recipes/yo
 
 abtest: setup ## judge templates against each other on gold pairs: RECIPE=...
 	$(BIN)/rlaif abtest --recipe $(RECIPE)
-
-publish: setup ## a data set (or model) to the Hub, private by default: RECIPE=...
-	$(BIN)/rlaif publish --recipe $(RECIPE)
 
 compare: setup ## SFT, best-of-n, DPO, RRHF and PPO at equal compute, with the embedded model
 	$(BIN)/rlaif compare --recipe recipes/compare.toml

@@ -427,3 +427,27 @@ def test_out_of_memory_halves_the_batch(
 def test_json_of_a_reply_holds_no_tensor(backend: TransformersBackend) -> None:
     (reply,) = backend.judge(judge_calls(1, choices=("A", "B")))
     assert json.dumps(reply.choice_logprobs)
+
+
+# --- on a GPU ----------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("bfloat16", 0.1)])
+def test_the_gpu_says_what_the_cpu_says(
+    backend: TransformersBackend, tiny_model: Path, dtype: str, tolerance: float
+) -> None:
+    options = EngineOptions(model=str(tiny_model), device="cuda", dtype=dtype)  # type: ignore[arg-type]
+    gpu = open_backend(options)
+    assert isinstance(gpu, TransformersBackend)
+    assert gpu.shares_prefixes
+    calls = judge_calls(24, choices=("A", "B"))
+    expected = {reply.call_id: reply.choice_logprobs for reply in backend.judge(calls)}
+    for reply in gpu.judge(calls):
+        assert reply.choice_logprobs == pytest.approx(expected[reply.call_id], abs=tolerance)
+    if dtype == "float32":
+        plain = sample_calls(6, n=2, max_tokens=12)
+        drawn = {reply.call_id: reply.texts for reply in backend.sample(plain)}
+        same = sum(reply.texts == drawn[reply.call_id] for reply in gpu.sample(plain))
+        assert same >= 5, "the same draws give the same text, up to rounding"
+    gpu.close()

@@ -95,7 +95,15 @@ ROWS = [{"prompt": f"number {i % 7}", "completion": f"it is {i % 7} indeed"} for
 def test_from_scratch_it_learns_to_answer_and_to_stop(tmp_path: Path, tiny_model: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    shape = ModelShape(layers=2, width=64, heads=4, kv_heads=2, mlp=128, max_positions=256)
+    shape = ModelShape(
+        layers=2,
+        width=64,
+        heads=4,
+        kv_heads=2,
+        mlp=128,
+        max_positions=256,
+        init_std=0.08,  # so small a model learns to look back much later from the usual 0.02
+    )
     record = train(
         tmp_path,
         "scratch",
