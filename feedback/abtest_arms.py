@@ -157,7 +157,7 @@ def open_arms(options: AbtestOptions, names: Sequence[str]) -> Iterator[list[Arm
                 template=arm.template,
                 rubric=arm.rubric,
                 read=arm.read,
-                cache=str(options.out / "replies.sqlite"),
+                cache=str(options.out / "arms" / f"{_file_name(name)}.sqlite"),
             )
             key = repr(arm.engine)
             if key not in engines:

@@ -135,6 +135,10 @@ def fair_lengths(counts: Sequence[int], room: int) -> list[int]:
     order = sorted(range(len(counts)), key=lambda place: counts[place])
     for done, place in enumerate(order):
         share = max(room, 0) // (len(order) - done)
-        lengths[place] = min(counts[place], share)
-        room -= lengths[place]
+        if counts[place] > share:
+            # All that is left is longer still: each gets the same, also where a token remains.
+            for rest in order[done:]:
+                lengths[rest] = share
+            break
+        room -= counts[place]
     return lengths

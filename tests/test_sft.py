@@ -110,7 +110,7 @@ def test_from_scratch_it_learns_to_answer_and_to_stop(tmp_path: Path, tiny_model
         ROWS,
         tokenizer=str(tiny_model),
         shape=shape,
-        epochs=40.0,
+        epochs=80.0,
         learning_rate=1e-2,
     )
     assert record["figures"]["loss"] < 0.1

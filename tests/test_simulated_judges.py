@@ -65,15 +65,18 @@ def test_directions_of_planted_biases() -> None:
 
 @pytest.mark.slow
 def test_coverage_of_the_intervals(bench: ModuleType) -> None:
-    """All scenarios, 60 runs each: of some 2,000 intervals 93% to 97% hold the truth."""
+    """All scenarios, 25 runs each: 93% to 97% of some 800 intervals, give or take a percent.
+
+    benchmarks/report_simulation.py holds 1,000 runs each against the bare bounds.
+    """
     held = []
     for scenario in bench.SCENARIOS.values():
         rows = bench.run_scenario(
-            scenario, replicates=60, prompts=100, truth_prompts=6000, resamples=600
+            scenario, replicates=25, prompts=80, truth_prompts=3000, resamples=400
         )
         held += [row["coverage"] for row in rows]
-    assert 0.93 <= np.mean(held) <= 0.97
-    assert min(held) >= 0.83
+    assert 0.92 <= np.mean(held) <= 0.98
+    assert min(held) >= 0.76
 
 
 def test_the_simulation_writes_what_the_table_reads(bench: ModuleType, tmp_path: Path) -> None:

@@ -150,12 +150,10 @@ def _work(job: Job, folder: Path, parallel: int) -> None:
             command = COMMANDS[job.command]
             load(command.function)(build_options(load(command.options), _plain(job.table)))
     except RlaifError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.stderr.flush()
+        os.write(log, f"error: {error}\n".encode())
         os._exit(error.exit_code)
     except BaseException:  # the child's last word goes to its log
-        traceback.print_exc()
-        sys.stderr.flush()
+        os.write(log, traceback.format_exc().encode())
         os._exit(1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _MIB
     write_json(
