@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 from serving import vllm_judge, vllm_server
 
@@ -16,6 +17,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "disabled")
 # Tests run side by side; threads that spin while they wait would take the other tests' cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Under CI the drawn examples are the same every time; at home each run draws new ones.
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("home", deadline=None)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "home")
 
 ROOT = Path(__file__).parent.parent
 
