@@ -20,8 +20,13 @@ from typing import Any
 
 from feedback.config import build_options, load_recipe
 from feedback.errors import RecipeError
+from feedback.gate import GateThresholds, judge_card
+from feedback.pairing import PairOptions
+from feedback.pairing import run as pair
 from feedback.progress import say
-from feedback.shards import write_json, write_text
+from feedback.records import content_id
+from feedback.report_run import card_of_folder
+from feedback.shards import file_sha256, manifest_sha256, write_json, write_text
 from train.compare_config import CompareOptions
 from train.compare_jobs import Job, run_jobs
 from train.compare_labels import bias_verdicts, gold_preferences
@@ -35,7 +40,7 @@ from train.compare_plan import (
     underscored,
     write_best,
 )
-from train.compare_summary import KINDS, print_table, summarise
+from train.compare_summary import GATE, KINDS, print_table, summarise
 from train.config import DpoOptions
 from train.models import resolve_device
 from train.pipeline import PipelineOptions
@@ -64,7 +69,9 @@ def run(options: CompareOptions) -> None:
     shared = _prepare(options, recipe)
     jobs = _jobs(shared)
     say(f"{len(jobs)} trainings and evaluations, {shared.tokens:,} tokens per training")
-    results = run_jobs(jobs, options.folder, parallel=_parallel(options), say=say)
+    results = run_jobs(
+        jobs, options.folder, parallel=_parallel(options), say=say, data=_fingerprint(shared.data)
+    )
     record = summarise(shared, jobs, results)
     write_json(options.folder / "comparison.json", record)
     write_text(options.folder / "comparison.html", render_comparison(record))
@@ -88,6 +95,12 @@ def _prepare(options: CompareOptions, recipe: Mapping[str, Any]) -> Comparison:
     )
     tokens = options.tokens or round(lengths.dpo * dpo.epochs)
     return Comparison(options, recipe, data, lengths, tokens)
+
+
+def _fingerprint(data: Data) -> str:
+    """Return what names the exact data that everything is trained on."""
+    manifests = [manifest_sha256(path) for path in (data.preferences, data.rankings)]
+    return content_id(*manifests, file_sha256(data.reward_model / "training.json"))
 
 
 def _parallel(options: CompareOptions) -> int:
@@ -242,6 +255,7 @@ def _bias_jobs(shared: Comparison) -> list[Job]:
             "data": [str(data.preferences)],
             "output": str(data.reward_model),
             "seed": seed,
+            "resume": False,
         }
         jobs.append(Job(reward, "reward", table))
         for algorithm in options.algorithms:
@@ -256,10 +270,10 @@ def _bias_jobs(shared: Comparison) -> list[Job]:
 
 
 def _biased_labels(shared: Comparison, kind: str, folder: Path) -> None:
-    """Plant the bias into the verdicts and pair them as ``kind`` says."""
-    from feedback.pairing import PairOptions
-    from feedback.pairing import run as pair
+    """Plant the bias into the verdicts and pair them as ``kind`` says.
 
+    What the gate would refuse of such a judge is accepted, knowingly, and written down.
+    """
     source = shared.options.folder / "data"
     bias_verdicts(
         source / "verdicts",
@@ -268,8 +282,13 @@ def _biased_labels(shared: Comparison, kind: str, folder: Path) -> None:
         strength=shared.options.bias,
         orders="one" if kind == "hard" else "both",
     )
+    given = underscored(shared.recipe.get("pair", {}))
+    card = card_of_folder(folder / "verdicts", candidates=source / "candidates")
+    refused = [row.name for row in judge_card(card, GateThresholds()).refused]
+    write_json(folder / GATE, refused)
     table = {
-        **underscored(shared.recipe.get("pair", {})),
+        **given,
+        "accept_bias": sorted({*given.get("accept_bias", ()), *refused}),
         "verdicts": str(folder / "verdicts"),
         "candidates": str(source / "candidates"),
         "out": str(folder),

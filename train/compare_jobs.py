@@ -15,13 +15,14 @@ import resource
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from feedback.config import build_options
 from feedback.errors import RlaifError
+from feedback.records import content_id
 from feedback.shards import write_json
 from train.commands import COMMANDS, load
 
@@ -55,39 +56,50 @@ class JobResult(NamedTuple):
 
 
 def run_jobs(
-    jobs: Sequence[Job], folder: Path, *, parallel: int, say: Callable[[str], None]
+    jobs: Sequence[Job],
+    folder: Path,
+    *,
+    parallel: int,
+    say: Callable[[str], None],
+    data: str = "",
 ) -> dict[str, JobResult]:
     """Run the jobs, ``parallel`` at a time; return what each took.
+
+    Args:
+        jobs: each after those that it needs, or before; a job is done again when its options
+            change, or those of a job that it needs, or the data.
+        folder: for records and logs.
+        parallel: processes at one time.
+        say: is told of each finished job.
+        data: fingerprint of what all jobs read.
 
     Raises:
         RlaifError: a job failed; the message names its log.
     """
+    prints = _fingerprints(jobs, data)
     results: dict[str, JobResult] = {}
     waiting = list(jobs)
     running: dict[str, tuple[Any, float]] = {}
-    done = 0
     try:
         while waiting or running:
             for job in list(waiting):
-                if (known := _known(job, folder)) is not None:
+                if (known := _known(job.name, folder, prints)) is not None:
                     results[job.name] = known
                     waiting.remove(job)
                 elif len(running) < parallel and all(need in results for need in job.needs):
-                    running[job.name] = (_start(job, folder, parallel), time.monotonic())
+                    process = _start(job, folder, parallel, prints[job.name])
+                    running[job.name] = (process, time.monotonic())
                     waiting.remove(job)
-            finished = [name for name, (process, _) in running.items() if not process.is_alive()]
-            if not finished:
-                multiprocessing.connection.wait([p.sentinel for p, _ in running.values()])
+            if not running:  # what was known already may have been waited for
                 continue
-            for name in finished:
+            multiprocessing.connection.wait([process.sentinel for process, _ in running.values()])
+            for name in [name for name, (process, _) in running.items() if not process.is_alive()]:
                 process, started = running.pop(name)
                 process.join()
-                job = next(job for job in jobs if job.name == name)
-                found = _known(job, folder)
+                found = _known(name, folder, prints)
                 if process.exitcode or found is None:
                     raise _failure(name, folder, process.exitcode)
                 results[name] = found
-                done += 1
                 say(f"  {name}: {time.monotonic() - started:.0f} s ({len(results)}/{len(jobs)})")
     finally:
         for process, _ in running.values():
@@ -96,17 +108,34 @@ def run_jobs(
     return results
 
 
-def _record(job: Job, folder: Path) -> Path:
-    return folder / "jobs" / f"{job.name}.json"
+def _fingerprints(jobs: Sequence[Job], data: str) -> dict[str, str]:
+    """Return a hash of each job's options, of the jobs that it needs, and of the data."""
+    by_name = {job.name: job for job in jobs}
+    found: dict[str, str] = {}
+
+    def add(name: str) -> str:
+        if name not in found:
+            job = by_name[name]
+            needs = [add(need) for need in job.needs]
+            found[name] = content_id(data, job.command, _plain(job.table), needs)
+        return found[name]
+
+    for name in by_name:
+        add(name)
+    return found
 
 
-def _known(job: Job, folder: Path) -> JobResult | None:
-    """Return the result of a job that is finished with these options, or None."""
-    path = _record(job, folder)
+def _record(name: str, folder: Path) -> Path:
+    return folder / "jobs" / f"{name}.json"
+
+
+def _known(name: str, folder: Path, prints: Mapping[str, str]) -> JobResult | None:
+    """Return the result of a job that is finished as it is asked for now, or None."""
+    path = _record(name, folder)
     if not path.is_file():
         return None
     record = json.loads(path.read_text(encoding="utf-8"))
-    same = record["command"] == job.command and record["table"] == _plain(job.table)
+    same = record["fingerprint"] == prints[name]
     return JobResult(record["seconds"], record["peak_mib"]) if same else None
 
 
@@ -123,10 +152,10 @@ def _failure(name: str, folder: Path, code: int | None) -> RlaifError:
     return error
 
 
-def _start(job: Job, folder: Path, parallel: int) -> Any:
+def _start(job: Job, folder: Path, parallel: int, fingerprint: str) -> Any:
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     process = multiprocessing.get_context("fork").Process(
-        target=_work, args=(job, folder, parallel), name=job.name
+        target=_work, args=(job, folder, parallel, fingerprint), name=job.name
     )
     sys.stdout.flush()
     sys.stderr.flush()
@@ -134,7 +163,7 @@ def _start(job: Job, folder: Path, parallel: int) -> Any:
     return process
 
 
-def _work(job: Job, folder: Path, parallel: int) -> None:
+def _work(job: Job, folder: Path, parallel: int, fingerprint: str) -> None:
     """Run the job; the child process."""
     import torch
 
@@ -157,8 +186,9 @@ def _work(job: Job, folder: Path, parallel: int) -> None:
         os._exit(1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _MIB
     write_json(
-        _record(job, folder),
+        _record(job.name, folder),
         {
+            "fingerprint": fingerprint,
             "command": job.command,
             "table": _plain(job.table),
             "seconds": time.monotonic() - started,

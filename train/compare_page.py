@@ -190,7 +190,7 @@ def _labels(record: Mapping[str, Any]) -> Section:
 
 def _bias(record: Mapping[str, Any]) -> Section:
     found = record["bias"]
-    plain = record["methods"]
+    plain, refused = record["methods"], found["refused"]
     rows = []
     for kind, by_algorithm in found["labels"].items():
         for algorithm, row in by_algorithm.items():
@@ -215,5 +215,11 @@ def _bias(record: Mapping[str, Any]) -> Section:
         "A judge that likes length",
         f"{found['strength']:g} log-odds per standard deviation of the difference in length were "
         "added to every verdict; characters gained over the starting policy, first seed.",
-        [table(head, rows)],
+        [
+            table(head, rows),
+            table(
+                ["labels", "figures for which the gate would refuse them"],
+                [[_LABELS[kind], ", ".join(rows) or "none"] for kind, rows in refused.items()],
+            ),
+        ],
     )

@@ -104,7 +104,8 @@ def measure(data: Data, recipe: Mapping[str, Any], scratch: Path) -> Lengths:
 
 
 def _base(table: Mapping[str, Any], source: Path, output: Path) -> Table:
-    return {**underscored(table), "data": [str(source)], "output": str(output)}
+    # A job that is run again has other options, or other data: nothing of the old run is of use.
+    return {**underscored(table), "resume": False, "data": [str(source)], "output": str(output)}
 
 
 def training_job(
@@ -175,7 +176,7 @@ def _ppo_table(table: Mapping[str, Any], data: Data, output: Path) -> Table:
     given = underscored(table)
     given.setdefault("prompts", [str(data.candidates)])
     given.setdefault("reward", {"kind": "model", "models": [str(data.reward_model)]})
-    return {**given, "output": str(output)}
+    return {**given, "resume": False, "output": str(output)}
 
 
 def underscored(table: Mapping[str, Any]) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from train.compare_jobs import Job, JobResult
 from train.compare_measure import Outcome, difference, read_outcome
 from train.compare_plan import Comparison, evaluation_options
 
-__all__ = ["KINDS", "MODELS_HELD", "print_table", "summarise"]
+__all__ = ["GATE", "KINDS", "MODELS_HELD", "print_table", "summarise"]
 
 # Full sets of weights in memory: while training, or for best-of-n while sampling.
 MODELS_HELD = {"sft": 1, "bon": 2, "dpo": 1, "rrhf": 1, "ppo": 4}
+GATE = "gate.json"
+"""Which rows of the report card the gate would refuse such labels for."""
 KINDS = ("hard", "soft", "corrected")
 """How labels are made of the biased verdicts: hard from one order; soft from both; soft from both,
 with the pull of length taken out."""
@@ -119,8 +122,10 @@ def _labels(shared: Comparison, judge: Outcome) -> dict[str, Any]:
 
 
 def _bias(shared: Comparison) -> dict[str, Any]:
-    found: dict[str, Any] = {"strength": shared.options.bias, "labels": {}}
+    found: dict[str, Any] = {"strength": shared.options.bias, "labels": {}, "refused": {}}
     for kind in KINDS:
+        path = shared.options.folder / "labels" / kind / GATE
+        found["refused"][kind] = json.loads(path.read_text(encoding="utf-8"))
         found["labels"][kind] = {
             algorithm: read_outcome([_folder(shared, f"bias-{kind}-{algorithm}")]).to_dict()
             for algorithm in shared.options.algorithms
