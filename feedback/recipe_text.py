@@ -1,0 +1,103 @@
+"""A recipe that makes a folder's rows again, as TOML, from what its manifests recorded.
+
+Only what differs from the defaults is written, folders are left to the wiring of ``rlaif run``, and
+nothing of the machine that ran it is: a local path keeps its last part, an address is left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from feedback.provenance import Origin
+
+__all__ = ["recipe_text"]
+
+# Where things lay, where they were asked, and how fast: not what the rows depend on.
+_LEFT_OUT = {
+    "out", "candidates", "verdicts", "base_url", "api_key_env", "cache", "on_change", "dry_run",
+    "concurrency", "timeout_s", "max_retries", "requests_per_minute", "tokens_per_minute",
+    "headers", "max_cost", "max_calls", "replay_from", "prices", "gpu_memory",
+}  # fmt: skip
+_PATHS = ("/", "./", "../", "~", "\\")
+
+
+def recipe_text(origin: Origin) -> str:
+    """Return the tables [sample], [judge] and [pair]; empty where no stage is recorded."""
+    from feedback.judge_options import JudgeOptions
+    from feedback.pairing import PairOptions
+    from feedback.sampling import SampleOptions
+
+    stages = (
+        ("sample", origin.sampling, SampleOptions),
+        ("judge", origin.judging, JudgeOptions),
+        ("pair", origin.pairing, PairOptions),
+    )
+    lines: list[str] = []
+    for stage, record, kind in stages:
+        recipe = record.get("recipe")
+        if recipe is not None and record.get("stage") == stage:
+            lines += [*_table(stage, _changed(recipe, kind)), ""]
+    return "\n".join(lines)
+
+
+def _changed(recipe: Mapping[str, Any], kind: type[Any]) -> dict[str, Any]:
+    """Return the entries of a recipe that differ from the defaults of its options class."""
+    kept: dict[str, Any] = {}
+    for entry in dataclasses.fields(kind):
+        value = recipe.get(entry.name)
+        if entry.name in _LEFT_OUT or value is None:
+            continue
+        default = _default(entry)
+        if dataclasses.is_dataclass(default) and isinstance(value, Mapping):
+            value = _changed(value, type(default))
+        if value not in ({}, []) and value != _plain(default):
+            kept[entry.name] = value
+    return kept
+
+
+def _default(entry: dataclasses.Field[Any]) -> Any:
+    if entry.default is not dataclasses.MISSING:
+        return entry.default
+    if entry.default_factory is not dataclasses.MISSING:
+        return entry.default_factory()
+    return None
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _table(name: str, values: Mapping[str, Any]) -> Iterator[str]:
+    yield f"[{name}]"
+    for key, value in values.items():
+        if not isinstance(value, Mapping) and not _tables(value):
+            yield f"{key} = {_value(value)}"
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _table(f"{name}.{key}", value)
+        for item in _tables(value):
+            yield f"[[{name}.{key}]]"
+            yield from list(_table("", item))[1:]
+
+
+def _tables(value: Any) -> list[Mapping[str, Any]]:
+    """Return the tables of a list of tables; of anything else, none."""
+    if not isinstance(value, list):
+        return []
+    return [
+        {key: inner for key, inner in item.items() if inner is not None and key not in _LEFT_OUT}
+        for item in value
+        if isinstance(item, Mapping)
+    ]
+
+
+def _value(value: Any) -> str:
+    """Return a TOML value: JSON's own form, which TOML reads for all that a recipe holds."""
+    if isinstance(value, str) and value.startswith(_PATHS):
+        value = value.replace("\\", "/").rstrip("/").rpartition("/")[2]
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_value, value)) + "]"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
