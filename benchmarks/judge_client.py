@@ -7,7 +7,10 @@ first use. The server (``judge_server.py``) is pinned to the last core, clients 
 client gets the answers its parser wants, and as many rows as keep it busy for some seconds. Then
 every client judges 1,000 rows of which 5 are refused with HTTP 400: how many are lost?
 
-The fastest of each client's runs counts. Compare rows of one result file, not of two.
+The fast clients take turns, the order of a turn reversed in the next; a ratio is the median over
+turns of two neighbours in time, so that whatever else the machine did met both. Rates are each
+client's fastest run (all else a machine does only slows a client down); medians stand beside them.
+Compare rows of one result file, not of two.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import contextlib
 import json
 import os
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -69,6 +73,7 @@ CLIENTS = {
         "alpaca_eval_judge.py", 600, "m", ("alpaca-eval==0.6.6", "pandas<3", "setuptools<81")
     ),
 }
+FAST = ("bare_asyncio", "ours", "ours_run")
 PEERS = ("trl", "distilabel", "curator", "alpaca_eval")
 
 
@@ -161,23 +166,22 @@ def run_client(
 
 
 def measure(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """All clients, in turn, ``--repeats`` times; the fastest run of each.
-
-    Whatever else a machine does only slows a client down, so the fastest run is the least disturbed
-    one, for ours and the peers alike; ``runs`` keeps them all.
-    """
-    names = ["bare_asyncio", "ours", "ours_run", *options.peers]
+    """All clients, in turns; for each its fastest run, with the rates of every turn."""
+    names = [*FAST, *options.peers]
     pythons = {name: environment(name, CLIENTS[name], options.venvs) for name in names}
+    for name in names:
+        rows = round(CLIENTS[name].rows * options.scale)
+        write_rows(folder / f"{name}.jsonl", rows, bad=False)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for turn in range(options.repeats):
-        for name in names:
-            client = CLIENTS[name]
-            if name in PEERS and turn >= 2:
-                continue  # they are far away; the fast ones need the more careful measurement
+        # Peers are far away: two runs each place them, the near ones need the careful measurement.
+        contenders = names if turn < options.peer_repeats else list(FAST)
+        for name in contenders if turn % 2 == 0 else reversed(contenders):
+            client, load = CLIENTS[name], os.getloadavg()[0]
             rows = folder / f"{name}.jsonl"
-            write_rows(rows, round(client.rows * options.scale), bad=False)
             run = run_client(name, client, pythons[name], rows, words=client.words)
-            print({key: run[key] for key in run if key != "problem"}, run["problem"], flush=True)
+            run["load_before"] = round(load, 2)
+            print(turn, {key: value for key, value in run.items() if value != ""}, flush=True)
             runs[name].append(run)
     table = [max(found, key=lambda run: run["pairs_per_s"]) for found in runs.values()]
     rows = folder / "bad.jsonl"
@@ -188,7 +192,14 @@ def measure(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         row["at_400"] = run_client(name, client, pythons[name], rows, words=words)
         print(name, "at 0.5% HTTP 400:", row["at_400"], flush=True)
         row["runs"] = [run["pairs_per_s"] for run in runs[name]]
+        row["loads"] = [run["load_before"] for run in runs[name]]
     return table
+
+
+def paired(rows: dict[str, dict[str, Any]], name: str) -> float:
+    """Median over turns of a client's rate by bare asyncio's in the same turn."""
+    pairs = zip(rows[name]["runs"], rows["bare_asyncio"]["runs"], strict=True)
+    return statistics.median(own / bare for own, bare in pairs)
 
 
 def figures(table: list[dict[str, Any]]) -> dict[str, float]:
@@ -200,8 +211,10 @@ def figures(table: list[dict[str, Any]]) -> dict[str, float]:
         "pairs_per_s": speed["ours"],
         "pairs_per_s_labelling_run": speed["ours_run"],
         "bare_asyncio_pairs_per_s": speed["bare_asyncio"],
-        "ratio_to_bare_asyncio": speed["ours"] / speed["bare_asyncio"],
-        "labelling_run_ratio_to_bare_asyncio": speed["ours_run"] / speed["bare_asyncio"],
+        "pairs_per_s_median": statistics.median(rows["ours"]["runs"]),
+        "bare_asyncio_pairs_per_s_median": statistics.median(rows["bare_asyncio"]["runs"]),
+        "ratio_to_bare_asyncio": paired(rows, "ours"),
+        "labelling_run_ratio_to_bare_asyncio": paired(rows, "ours_run"),
         "cpu_ms_per_pair": rows["ours"]["cpu_ms_per_pair"],
         "max_in_flight": rows["ours"]["most_in_flight"],
         "rows_at_400": rows["ours"]["at_400"]["rows"],
@@ -223,7 +236,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--venvs", type=Path, default=Path("/tmp/rlaif-peers"))
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=9, help="turns")
+    parser.add_argument("--peer-repeats", type=int, default=2, help="turns of the peers")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the usual rows")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/judge_client.json")
     options = parser.parse_args()
@@ -234,6 +248,7 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]),
         "date": time.strftime("%Y-%m-%d"),
         "hardware": f"{os.cpu_count()} CPU cores, server on one of them",
+        "machine": "load averages before each run are in runs[].loads; above 0.3 others worked too",
         "versions": package_versions(),
         "figures": figures(table),
         "runs": table,

@@ -14,7 +14,14 @@ from feedback.gate import GateResult, judge_card
 from feedback.intervals import Estimate
 from feedback.observations import Material, Pairs, collect, load_gold, load_material
 from feedback.records import Verdict
-from feedback.shards import MANIFEST, manifest_sha256, read_rows, write_json, write_text
+from feedback.shards import (
+    MANIFEST,
+    manifest_sha256,
+    read_manifest,
+    read_rows,
+    write_json,
+    write_text,
+)
 
 if TYPE_CHECKING:
     from feedback.report import ReportOptions
@@ -48,13 +55,14 @@ def read_evidence(
 
     Args:
         verdicts: folders or JSONL files.
-        candidates: folder or file; None: ``candidates`` beside the first verdict folder, if there.
+        candidates: folder or file; None: what was judged, ``revised`` or ``candidates`` beside the
+            first verdict folder, if there.
         gold: folder or file of gold pairs; None: ``gold`` beside the first folder, if there.
 
     Raises:
         InputError: something is missing or damaged.
     """
-    texts = _beside(verdicts[0], candidates, "candidates")
+    texts = _beside(verdicts[0], candidates, _judged_folder(verdicts[0]))
     labels = _beside(verdicts[0], gold, "gold")
     material = load_material([texts]) if texts is not None else Material()
     arms = collect(
@@ -77,6 +85,15 @@ def _beside(verdicts: Path, given: Path | str | None, name: str) -> Path | None:
         return Path(given)
     guess = verdicts.parent / name
     return guess if verdicts.is_dir() and guess.is_dir() else None
+
+
+def _judged_folder(verdicts: Path) -> str:
+    """Return which folder beside a verdict folder was judged: the revised candidates, or all."""
+    if (verdicts / MANIFEST).is_file() and (verdicts.parent / "revised" / MANIFEST).is_file():
+        judged = read_manifest(verdicts).get("candidates_sha256")
+        if judged == manifest_sha256(verdicts.parent / "revised"):
+            return "revised"
+    return "candidates"
 
 
 def _stream(folders: Iterable[Path]) -> Iterable[Verdict]:

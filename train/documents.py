@@ -2,7 +2,8 @@
 
 A document becomes a group of one completion: what carries no loss in front is its prompt, the rest
 its completion with a mask over the tokens that count. Rows are JSON lines; which kind they are
-follows from their fields. Rankings, preferences and candidates have their own readers.
+follows from their fields. A row of candidates is one document per completion (the last revisions of
+``rlaif revise``, say); rankings and preferences have their own readers.
 """
 
 from __future__ import annotations
@@ -94,8 +95,20 @@ def _all_rows(
     for path in _files(sources):
         for line, row in _rows(path):
             report.rows += 1
-            unknown.update(row.keys() - _KNOWN - _IGNORED)
-            yield _parse(row, chat, path=path, line=line)
+            for document in _documents(row):
+                unknown.update(document.keys() - _KNOWN - _IGNORED)
+                yield _parse(document, chat, path=path, line=line)
+
+
+def _documents(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the row itself, or for a row of candidates one row per completion."""
+    completions = row.get("completions")
+    if "prompt" not in row or not isinstance(completions, list):
+        yield row
+        return
+    rest = {key: value for key, value in row.items() if key not in ("completions", "gold")}
+    for entry in completions:
+        yield {**rest, "completion": entry.get("completion") if isinstance(entry, dict) else entry}
 
 
 def _tokenise(rows: Sequence[_Row], chat: ChatFormat) -> Iterator[_Document]:

@@ -34,6 +34,8 @@ DEFAULT_STAGES = ("sample", "judge", "report", "pair", "dpo", "evaluate", "page"
 # Which option of a stage is filled with which part of the run's folder, where the recipe is silent.
 WIRING: dict[str, dict[str, Any]] = {
     "sample": {"out": "candidates"},
+    "revise": {"candidates": "candidates", "out": "revised"},
+    "sft": {"data": ("revised",), "output": "policy-sft"},
     "judge": {"candidates": "candidates", "out": "verdicts"},
     "report": {"verdicts": "verdicts", "candidates": "candidates", "out": "report-card"},
     "pair": {"verdicts": "verdicts", "candidates": "candidates", "out": "."},
@@ -78,7 +80,10 @@ def run(options: PipelineOptions) -> None:
         raise RecipeError(
             f"unknown table [{unknown}]{nearest(unknown, COMMANDS)}", path=options.recipe
         )
-    tables = {stage: _resolve(stage, recipe, options) for stage in options.stages}
+    tables = {
+        stage: _resolve(stage, recipe, options, revised="revise" in options.stages[:place])
+        for place, stage in enumerate(options.stages)
+    }
     for number, (stage, table) in enumerate(tables.items(), start=1):
         label = f"[{number}/{len(tables)}] {stage}"
         fingerprint = _fingerprint(stage, table)
@@ -102,13 +107,22 @@ def run(options: PipelineOptions) -> None:
         )
 
 
-def _resolve(stage: str, recipe: dict[str, Any], options: PipelineOptions) -> dict[str, Any]:
-    """Return a stage's table with the run's folders filled in, checked against its options."""
+def _resolve(
+    stage: str, recipe: dict[str, Any], options: PipelineOptions, *, revised: bool = False
+) -> dict[str, Any]:
+    """Return a stage's table with the run's folders filled in, checked against its options.
+
+    Args:
+        stage: a command's name.
+        recipe: tables by command.
+        options: of the chain.
+        revised: a ``revise`` stage stands before this one, which then reads what that one wrote.
+    """
     kind = load(COMMANDS[stage].options)
     known = {entry.name for entry in dataclasses.fields(kind)}
     wired = {
         key: _inside(options.folder, value)
-        for key, value in WIRING.get(stage, {}).items()
+        for key, value in _wiring(stage, revised=revised).items()
         if key in known
     }
     table = _merged(wired, recipe.get(stage, {}))
@@ -118,6 +132,15 @@ def _resolve(stage: str, recipe: dict[str, Any], options: PipelineOptions) -> di
     option_values(kind, table, path=options.recipe or None)
     build_options(kind, table, path=f"{options.recipe} [{stage}]")
     return table
+
+
+def _wiring(stage: str, *, revised: bool) -> dict[str, Any]:
+    wiring = dict(WIRING.get(stage, {}))
+    if stage == "sft" and not revised:
+        del wiring["data"]
+    if revised and "candidates" in wiring:
+        wiring["candidates"] = "revised"
+    return wiring
 
 
 def _inside(folder: Path, value: Any) -> Any:
