@@ -81,6 +81,11 @@ COMMANDS: dict[str, Command] = {
         "train.evaluate:run",
         "policy against policy, by judges and checks that labelled nothing",
     ),
+    "annotate": Command(
+        "feedback.annotate:AnnotateOptions",
+        "feedback.annotate:run",
+        "people label a blind sample of pairs on a local page; gold for the commands below",
+    ),
     "calibrate": Command(
         "feedback.calibrate:CalibrateOptions",
         "feedback.calibrate:run",
