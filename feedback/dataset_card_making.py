@@ -69,8 +69,7 @@ def _judging(origin: Origin) -> str:
     record = origin.judging
     if not record or record.get("stage") == "import":
         name = record.get("source") if record else None
-        facts = {"imported from": code(name)} if name else {}
-        return _facts("Labels", facts)
+        return _facts("Labels", {"imported from": code(name)} if name else {})
     identities = [
         _identified(judge["model"], judge.get("revision"))
         + (f" at {code(judge['endpoint'])}" if judge.get("endpoint") else "")
@@ -78,7 +77,7 @@ def _judging(origin: Origin) -> str:
     ]
     template = record.get("template") or {}
     combined = record.get("combine") or {}
-    facts = {
+    facts: dict[str, Any] = {
         "judge" if len(identities) < 2 else "judges": ", ".join(identities) or None,
         "judges combined by": combined.get("rule"),
         "template": f"{code(template['name'])}, sha256 {code(template['sha256'])}",

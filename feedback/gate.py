@@ -31,6 +31,7 @@ __all__ = [
     "GateThresholds",
     "check_gate",
     "judge_card",
+    "merged_gate",
     "require_gate",
 ]
 
@@ -359,3 +360,30 @@ def require_gate(folder: Path | str, *, accept: Sequence[str] = ()) -> dict[str,
     if refused or not rows:
         raise GateRefused(_refusal(folder, refused))
     return {**gate, "status": "accepted", "accepted": sorted({*allowed})}
+
+
+def merged_gate(gates: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """Return the gate record of rows from several folders: as bad as the worst of them.
+
+    A failure that one folder's user accepted stays refused where another folder has it too and
+    nobody accepted it there. Folders without a record (people's labels) add nothing.
+    """
+    known = [gate for gate in gates if gate]
+    if not known:
+        return None
+    worst = min(known, key=lambda gate: ("refused", "accepted", "passed").index(gate["status"]))
+    names = {name for gate in known for name in gate.get("accepted", [])}
+    return {
+        **worst,
+        "failed": [row for gate in known for row in gate.get("failed", [])],
+        "unclear": sorted({name for gate in known for name in gate.get("unclear", [])}),
+        "accepted": sorted(name for name in names if all(_accepts(gate, name) for gate in known)),
+    }
+
+
+def _accepts(gate: dict[str, Any], name: str) -> bool:
+    """Return whether every failure of a folder that ``name`` covers was accepted there."""
+    failed = [row["name"] for row in gate.get("failed", [])]
+    covered = [one for one in failed if name in (one, one.split(".")[0])]
+    accepted = set(gate.get("accepted", []))
+    return all({one, one.split(".")[0]} & accepted for one in covered)

@@ -46,11 +46,12 @@ from feedback.labeling_setup import (
 from feedback.panel import CascadeOptions, is_unsure
 from feedback.panel_report import panel_lines, panel_report
 from feedback.progress import ProgressBar, say
+from feedback.provenance import template_record
 from feedback.questions import QuestionPlan, expected_questions, questions_about
 from feedback.records import Candidates
-from feedback.run_folder import claim_folder, make_way
+from feedback.run_folder import claim_folder, make_way, started
 from feedback.shards import read_rows
-from feedback.templates import describe, load_criteria, load_template, render
+from feedback.templates import Template, describe, load_criteria, load_template, render
 from feedback.verdict_index import VerdictIndex
 
 __all__ = ["JudgeOptions", "Work", "answer", "make_judge", "run"]
@@ -263,14 +264,21 @@ def _manifest(
 ) -> dict[str, Any]:
     return {
         "stage": "judge",
+        "started": started(options.out),
         **_run_record(options, passes, judges[0]),
         "judges": [dataclasses.asdict(judge.identity) for judge in judges],
+        "templates": [template_record(template) for template in _templates(judges)],
         "choices": list(judges[0].template.choices),
         "prompts": work.prompts,
         "questions": work.questions,
         "left_out": {"repeated_or_empty": work.repeated, "single_prompts": work.single},
         "recipe": recipe_of(options),
     }
+
+
+def _templates(judges: Sequence[Judge]) -> list[Template]:
+    """Return each template once."""
+    return list({judge.template.sha256: judge.template for judge in judges}.values())
 
 
 def _say_outcome(run: LabelingRun, work: Work) -> None:

@@ -19,9 +19,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from feedback.config import recipe_of
 from feedback.content import content_key, pair_sides
 from feedback.errors import RecipeError, ShardError
 from feedback.filtering import row_filter
+from feedback.gate import merged_gate
 from feedback.records import Candidates, Preference, content_id, decode, encode, normalise_text
 from feedback.shards import (
     KINDS,
@@ -225,34 +227,17 @@ def split_of(prompt_id: str, splits: dict[str, float], *, seed: int = 0) -> str:
 
 
 def _info(options: MergeOptions, counts: Counter[str], split: str) -> dict[str, Any]:
-    """Return what the manifest records: each source by its manifest's hash, with what it held."""
+    """Return what the manifest records: all that each source's own manifest says but its files."""
     sources = []
     for source in options.sources:
         manifest = read_manifest(source)
-        kept = {key: manifest.get(key) for key in ("rows", "judge", "template", "gate", "policy")}
+        kept = {key: value for key, value in manifest.items() if key != "shards"}
         sources.append({"folder": source.name, "manifest_sha256": manifest_sha256(source), **kept})
     return {
         "stage": "merge",
         "split": split or None,
         "sources": sources,
         "merged": dict(counts),
-        "gate": _gate([source["gate"] for source in sources]),
-        "recipe": {
-            "where": options.where,
-            "splits": options.splits,
-            "most_per_source": options.most_per_source,
-            "most_per_judge": options.most_per_judge,
-            "seed": options.seed,
-        },
+        "gate": merged_gate([source.get("gate") for source in sources]),
+        "recipe": recipe_of(options),
     }
-
-
-def _gate(gates: list[Any]) -> Any:
-    """Return the gate of the whole: the worst of its parts, with all that was accepted."""
-    known = [gate for gate in gates if isinstance(gate, dict)]
-    if not known:
-        return None
-    order = ["failed", "accepted", "unclear", "passed"]
-    worst = min(known, key=lambda gate: (*order, gate["status"]).index(gate["status"]))
-    accepted = sorted({name for gate in known for name in gate.get("accepted", [])})
-    return {**worst, "accepted": accepted}

@@ -25,6 +25,7 @@ from feedback.pairing import PairOptions
 from feedback.panel import Combination
 from feedback.preference_rows import PairRules, preference_rows, ranking_row, usable
 from feedback.progress import ProgressBar, say
+from feedback.provenance import judging_record, sampling_record
 from feedback.records import Candidates, Comparison
 from feedback.remedy import load_remedy
 from feedback.shards import (
@@ -204,6 +205,10 @@ def _manifest(
         "comparisons": dict(counts),
         "calibration_sha256": options.calibration and file_sha256(options.calibration),
         "recipe": recipe_of(options),
+        "provenance": {
+            "judging": judging_record(options.verdicts),
+            "sampling": sampling_record(options.candidates),
+        },
     }
 
 

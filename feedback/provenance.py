@@ -28,7 +28,7 @@ _JUDGING = (
 _SAMPLING = (
     "policies", "completions", "temperatures", "top_p", "max_tokens", "system", "refills",
     "repeats", "seed", "limit", "prompts", "drawn", "prompts_sha256", "constitution",
-    "counts_of_calls",
+    "counts_of_calls", "model", "revised_from",
 )  # fmt: skip
 _PAIRING = (
     "comparisons", "calibration_sha256", "remedy", "recipe", "counts", "rows", "versions", "stage"

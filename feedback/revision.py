@@ -21,11 +21,12 @@ from feedback.config import EngineOptions, recipe_of
 from feedback.constitution import load_constitution
 from feedback.errors import RecipeError
 from feedback.inputs import checked_candidates
-from feedback.labeling_run import claim_folder
 from feedback.labeling_setup import candidates_sha256
 from feedback.progress import ProgressBar, say
+from feedback.provenance import sampling_record
 from feedback.records import Candidates
 from feedback.reviser import Reviser, RevisionPlan
+from feedback.run_folder import claim_folder, started
 from feedback.shards import ShardWriter, write_text
 from feedback.verdict_index import FAILED, SeenIds
 
@@ -107,8 +108,10 @@ def run(options: ReviseOptions) -> None:
             done.close()
         _write_failed(options.out, reviser.errors)
         info = {"stage": "revise", **record, "prompts": total, "failed": len(reviser.errors)}
+        calls = {"counts_of_calls": dict(reviser.counts), "started": started(options.out)}
+        before = {"revised_from": sampling_record(options.candidates)}
         writer.finish(
-            {**info, "counts_of_calls": dict(reviser.counts), "recipe": recipe_of(options)},
+            {**info, **calls, **before, "recipe": recipe_of(options)},
             count=lambda row: f"{len(row.completions)} completions",
         )
     _say_outcome(options, reviser, total)

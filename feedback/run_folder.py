@@ -6,6 +6,7 @@ never mixed in: the run is refused, or what is there is set aside or replaced fi
 
 from __future__ import annotations
 
+import datetime
 import json
 import shutil
 from pathlib import Path
@@ -18,7 +19,7 @@ from feedback.progress import say
 from feedback.shards import write_json
 from feedback.verdict_index import RUN_RECORD
 
-__all__ = ["OnChange", "claim_folder", "make_way"]
+__all__ = ["OnChange", "claim_folder", "make_way", "started"]
 
 OnChange = Literal["refuse", "set-aside", "replace"]
 
@@ -38,6 +39,12 @@ def claim_folder(folder: Path, record: dict[str, Any]) -> None:
         )
     if not (folder / RUN_RECORD).is_file():
         write_json(folder / RUN_RECORD, _plain(record))
+
+
+def started(folder: Path) -> str:
+    """Return when the folder was begun (UTC), which resuming or repeating a run does not change."""
+    begun = (folder / RUN_RECORD).stat().st_mtime
+    return datetime.datetime.fromtimestamp(begun, datetime.UTC).isoformat(timespec="seconds")
 
 
 def make_way(folder: Path, record: dict[str, Any], on_change: OnChange) -> None:

@@ -21,7 +21,7 @@ from feedback.errors import RecipeError
 from feedback.inputs import read_prompts
 from feedback.progress import say
 from feedback.records import Candidates, Prompt
-from feedback.run_folder import OnChange, claim_folder, make_way
+from feedback.run_folder import OnChange, claim_folder, make_way, started
 from feedback.sampling_run import SamplingRun, Stage
 from feedback.shards import file_sha256, shard_paths
 from feedback.templates import prompts_folder
@@ -179,6 +179,7 @@ def _manifest(
 ) -> dict[str, Any]:
     return {
         "stage": "sample",
+        "started": started(options.out),
         **_run_record(options, source),
         "prompts": total,
         "drawn": dict(counts),
