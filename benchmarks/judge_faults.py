@@ -121,7 +121,22 @@ def endpoint_faults(bench: Bench) -> None:
         bench.proxy.plan = None
         bench.label(out)
         bench.note(f"{name}, resumed", out)
+    slow_answers(bench)
     bench.proxy.plan = None
+
+
+def slow_answers(bench: Bench) -> None:
+    """Some answers take 60 s: waited for where the timeout allows it, else asked again."""
+    for name, timeout_s in (("60 s hangs, timeout 120 s", 120.0), ("60 s hangs, timeout 5 s", 5.0)):
+        out = bench.folder / f"slow{timeout_s:.0f}"
+        bench.proxy.requests = 0
+        bench.proxy.broken.clear()
+        bench.proxy.plan = bench.only_judging(fault_proxy.burst("hang_60", first=100, last=110))
+        bench.label(out, timeout_s=timeout_s)
+        hits = sum(bench.proxy.broken.values())
+        assert hits == 10, hits
+        slowest = round(max(verdict.latency_s for verdict in verdicts(out)), 1)
+        bench.note(name, out, faults=hits, slowest_s=slowest)
 
 
 def kills(bench: Bench, count: int, *, per_campaign: int = 10) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -168,8 +168,14 @@ _ARRAYS = ("prompt", "repeat", "p", "winner", "mass", "gold")
 _LISTS = ("a", "b", "verdicts", "gold_pairs", "meta", "completions")
 
 
-def load_material(folders: Iterable[Path | str]) -> Material:
+def load_material(
+    folders: Iterable[Path | str], *, keep: Callable[[str], bool] | None = None
+) -> Material:
     """Read candidate shards; later folders add completions to prompts already known.
+
+    Args:
+        folders: folders or JSONL files.
+        keep: tells by its id whether a prompt is wanted; None: all are.
 
     Raises:
         InputError: a folder is missing or damaged.
@@ -177,6 +183,8 @@ def load_material(folders: Iterable[Path | str]) -> Material:
     prompts: dict[str, PromptOf] = {}
     for folder in folders:
         for row in read_rows(folder, Candidates):
+            if keep is not None and not keep(row.prompt_id):
+                continue
             known = prompts.setdefault(row.prompt_id, PromptOf(row.prompt, {}, dict(row.meta)))
             for completion in row.completions:
                 known.completions[completion.completion_id] = completion

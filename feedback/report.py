@@ -45,6 +45,9 @@ class ReportOptions:
     """Failing figures that you accept by name."""
     browse_rows: int = 10_000
     """Most pairs in the page's table."""
+    most_verdicts: int = 50_000
+    """Verdicts to compute from, of prompts drawn by their ids, those with gold always among them;
+    the rest is not held in memory. 0: all."""
     replicates: int = 2000
     """Bootstrap resamples."""
     seed: int = 0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,9 @@ from feedback.figures import CardSection
 from feedback.gate import GateResult, judge_card
 from feedback.intervals import Estimate
 from feedback.observations import Material, Pairs, collect, load_gold, load_material
-from feedback.records import Verdict
+from feedback.progress import say
+from feedback.prompt_sample import PromptSample
+from feedback.records import GoldPair, Verdict
 from feedback.shards import (
     MANIFEST,
     manifest_sha256,
@@ -27,13 +30,20 @@ if TYPE_CHECKING:
     from feedback.report import ReportOptions
 
 __all__ = [
+    "MOST_VERDICTS",
     "Evidence",
     "card_of_folder",
     "print_card",
     "read_evidence",
     "run_report",
+    "sample_words",
     "write_report",
 ]
+
+MOST_VERDICTS = 50_000
+"""Verdicts that a card holds in memory (about 4 KiB each) when nobody says otherwise."""
+MOST_GOLD_PROMPTS = 5000
+"""More gold than this needs no favour in a sample."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,34 +60,45 @@ def read_evidence(
     *,
     candidates: Path | str | None = None,
     gold: Path | str | None = None,
+    most: int | None = MOST_VERDICTS,
 ) -> Evidence:
     """Read verdict folders with their texts and gold.
+
+    Memory is bounded by ``most``, however many verdicts there are.
 
     Args:
         verdicts: folders or JSONL files.
         candidates: folder or file; None: what was judged, ``revised`` or ``candidates`` beside the
             first verdict folder, if there.
         gold: folder or file of gold pairs; None: ``gold`` beside the first folder, if there.
+        most: about so many verdicts are used, of prompts drawn by their ids; those with gold are
+            all in (while there are fewer than ``MOST_GOLD_PROMPTS``). None: all verdicts.
 
     Raises:
         InputError: something is missing or damaged.
     """
     texts = _beside(verdicts[0], candidates, _judged_folder(verdicts[0]))
     labels = _beside(verdicts[0], gold, "gold")
-    material = load_material([texts]) if texts is not None else Material()
-    arms = collect(
-        _stream(verdicts),
-        material=material,
-        gold=load_gold(labels) if labels is not None else None,
-    )
+    known = load_gold(labels) if labels is not None else {}
+    sample = PromptSample(sys.maxsize if most is None else most, always=_gold_prompts(known))
+    sample.read(_stream(verdicts))
+    material = load_material([texts], keep=sample.holds) if texts is not None else Material()
+    arms = collect(sample.verdicts(), material=material, gold=known)
     hashes = [manifest_sha256(path) for path in verdicts if (path / MANIFEST).is_file()]
     source = {
         "verdicts": [str(path) for path in verdicts],
         "manifest_sha256": hashes,
         "candidates": None if texts is None else str(texts),
         "gold": None if labels is None else str(labels),
+        "sampled": sample.record(),
     }
     return Evidence(arms, material, source)
+
+
+def _gold_prompts(gold: Mapping[tuple[str, str, str], GoldPair]) -> frozenset[str]:
+    """Return the prompts that a sample keeps whatever its size."""
+    prompts = frozenset(prompt_id for prompt_id, _, _ in gold)
+    return prompts if len(prompts) <= MOST_GOLD_PROMPTS else frozenset()
 
 
 def _beside(verdicts: Path, given: Path | str | None, name: str) -> Path | None:
@@ -121,7 +142,12 @@ def run_report(options: ReportOptions) -> None:
         BackendError: ``--probe`` or ``--drift``, and the engine cannot judge.
     """
     folders = [options.verdicts, *options.also]
-    evidence = read_evidence(folders, candidates=options.candidates, gold=options.gold)
+    evidence = read_evidence(
+        folders,
+        candidates=options.candidates,
+        gold=options.gold,
+        most=options.most_verdicts or None,
+    )
     card = make_card(
         evidence.arms,
         source=evidence.source,
@@ -136,7 +162,17 @@ def run_report(options: ReportOptions) -> None:
     out = options.out or options.verdicts.parent / "report-card"
     write_report(card, gate, evidence, out, browse_rows=options.browse_rows)
     print_card(card, gate)
+    if (sampled := evidence.source["sampled"]) is not None:
+        say(sample_words(sampled))
     print_paths(out)
+
+
+def sample_words(sampled: Mapping[str, Any]) -> str:
+    """Return in words which part of the verdicts a card is of."""
+    return (
+        f"computed from {sampled['verdicts']:,} of {sampled['of_verdicts']:,} verdicts: "
+        f"all those of {sampled['prompts']:,} prompts drawn by their ids (--most-verdicts)"
+    )
 
 
 def _asked(options: ReportOptions, evidence: Evidence) -> list[CardSection]:

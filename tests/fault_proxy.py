@@ -153,8 +153,9 @@ class FaultProxy:
         self, request: web.Request, body: bytes, fault: str | None
     ) -> web.StreamResponse:
         assert request.transport is not None
-        if fault == "hang":
-            await asyncio.sleep(3600)
+        if fault is not None and fault.startswith("hang"):
+            await asyncio.sleep(float(fault[5:] or 3600))  # hang, or hang_60 for a minute
+            fault = None
         if fault == "drop":
             request.transport.abort()
             return web.Response()

@@ -142,6 +142,9 @@ def _facts(card: ReportCard, gate: GateResult) -> list[tuple[str, str]]:
         ("prompts", f"{max(arm.prompts for arm in arms):,}"),
         ("gate", gate.status),
     ]
+    if sampled := card.source.get("sampled"):
+        share = f"{sampled['verdicts']:,} of {sampled['of_verdicts']:,}"
+        facts.append(("verdicts used, of prompts drawn by their ids", share))
     if card.source.get("gold"):
         facts.append(("gold", str(card.source["gold"])))
     return facts
