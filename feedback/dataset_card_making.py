@@ -122,12 +122,12 @@ def _cost(origin: Origin) -> str:
     if not totals:
         return ""
     calls = int(origin.judging.get("rows", 0)) + int(origin.judging.get("failed", 0))
-    prices = f"${totals['cost']:,.2f}" if totals["cost"] else "nothing (no price is attached)"
+    price = f"cost ${totals['cost']:,.2f}" if totals["cost"] else "has no price attached"
     return (
         f"The judging took {calls:,} calls ({totals['from_cache']:,.0f} answered from a cache), "
         f"{totals['prompt_tokens']:,.0f} prompt tokens ({totals['cached_tokens']:,.0f} of them "
-        f"from the prefix cache) and {totals['completion_tokens']:,.0f} reply tokens, and cost "
-        f"{prices}."
+        f"from the prefix cache) and {totals['completion_tokens']:,.0f} reply tokens, and "
+        f"{price}."
     )
 
 

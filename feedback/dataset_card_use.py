@@ -170,26 +170,18 @@ def _loading(repo: str | None, splits: Splits) -> Iterator[str]:
             f'DPOTrainer("MODEL", train_dataset={load}).train()',
             "python",
         )
-        if len(splits[config]) and _has_doubt(splits):
-            yield (
-                "TRL takes every row as certain: it reads neither `p_chosen` nor `tie`, and its "
-                "RewardTrainer subtracts `margin` from the reward difference."
-            )
+        yield (
+            "TRL takes every row as certain: it reads neither `p_chosen` nor `tie`, and its "
+            "RewardTrainer subtracts `margin` from the reward difference."
+        )
     else:
         yield fence(f"from datasets import load_dataset\nrows = {load}", "python")
     yield "With this toolkit, which uses the probabilities, ties and weights:"
     train = {"preferences": "dpo", "rankings": "rrhf"}.get(config)
-    lines = [
-        "pip install rlaif",
-        f"rlaif import {place} --format published --out data",
-    ]
+    lines = [f"rlaif import {place} --format published --out data"]
     if train:
         lines.append(f"rlaif {train} --data data/{config}/{split} --model MODEL --output policy")
     yield fence("\n".join(lines), "sh")
-
-
-def _has_doubt(splits: Splits) -> bool:
-    return "preferences" in splits
 
 
 def _reproducing(origins: Sequence[Origin]) -> Iterator[str]:

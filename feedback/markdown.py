@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 __all__ = ["code", "fence", "plain", "quote", "table"]
 
 _MARKUP = re.compile(r"([\\`*_{}\[\]#|~$])")
-_BLOCK_START = re.compile(r"^(\s*)([-+>=]|\d+[.)])(?=\s|$)", re.MULTILINE)
+_BLOCK_START = re.compile(r"^(\s*\d*)([-+=.)])(?=\s|$|[-=]+$)", re.MULTILINE)
 _ADDRESS = re.compile(r"(?<=\w)(?=://)|(?<=\bwww)(?=\.)", re.IGNORECASE)
 
 

@@ -25,7 +25,7 @@ _PATHS = ("/", "./", "../", "~", "\\")
 
 
 def recipe_text(origin: Origin) -> str:
-    """Return the tables [sample], [judge] and [pair]; empty where no stage is recorded."""
+    """Return [run] and the tables of the stages recorded; empty where none is."""
     from feedback.judge_options import JudgeOptions
     from feedback.pairing import PairOptions
     from feedback.sampling import SampleOptions
@@ -35,12 +35,16 @@ def recipe_text(origin: Origin) -> str:
         ("judge", origin.judging, JudgeOptions),
         ("pair", origin.pairing, PairOptions),
     )
-    lines: list[str] = []
-    for stage, record, kind in stages:
-        recipe = record.get("recipe")
-        if recipe is not None and record.get("stage") == stage:
-            lines += [*_table(stage, _changed(recipe, kind)), ""]
-    return "\n".join(lines)
+    known = {
+        stage: list(_table(stage, _changed(record["recipe"], kind)))
+        for stage, record, kind in stages
+        if record.get("stage") == stage and "recipe" in record
+    }
+    if not known:
+        return ""
+    names = [name for name in ("sample", "judge", "report", "pair") if name in (*known, "report")]
+    run = list(_table("run", {"folder": "runs/again", "stages": names}))
+    return "\n".join("\n".join([*lines, ""]) for lines in (run, *known.values()))
 
 
 def _changed(recipe: Mapping[str, Any], kind: type[Any]) -> dict[str, Any]:
