@@ -1,9 +1,9 @@
 """A bounded sample of a verdict folder: whole prompts, drawn by their ids, read in one pass.
 
 Statistics of a judge are clustered by prompt, so a card of some thousand prompts has intervals of a
-percentage point or so; holding a million verdicts for a further digit buys nothing. Whether a prompt
-is drawn depends on its id alone: the same folder gives the same sample whatever the order of its
-rows, and several judges on the same prompts are compared on the same ones.
+percentage point or so; holding a million verdicts for a further digit buys nothing. Whether a
+prompt is drawn depends on its id alone: the same folder gives the same sample whatever the order of
+its rows, and several judges on the same prompts are compared on the same ones.
 """
 
 from __future__ import annotations
