@@ -7,6 +7,7 @@ at the limit and not after it.
 
 from __future__ import annotations
 
+import datetime
 import re
 import tomllib
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ __all__ = ["Budget", "Price", "Spent", "estimate_tokens", "find_price"]
 # What a token of ordinary text holds, before a run has measured it.
 _CHARACTERS_PER_TOKEN = 4.0
 _TOKENS_PER_MESSAGE = 4
+_MEANS = {"checked": "a date such as 2026-01-31", "source": "a text in quotes"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +38,17 @@ class Price:
     """Of prompt tokens read from the provider's cache; None: as ``prompt``."""
     batch: float = 1.0
     """Factor on all prices for calls through the Batch API."""
+    checked: datetime.date | None = None
+    """Day on which somebody compared these figures with ``source``."""
+    source: str = ""
+    """Where they come from."""
+
+    @property
+    def note(self) -> str:
+        """Return how old the price is and where it comes from, for whoever relies on it."""
+        if self.checked is None:
+            return "a price without a date: check it"
+        return f"price as of {self.checked}" + (f", {self.source}" if self.source else "")
 
     def of(self, usage: Usage, *, batch: bool = False) -> float:
         """Return the price of one call in US dollars."""
@@ -77,8 +90,16 @@ def _price(name: str, entry: Any, path: Path) -> Price:
     for key, value in entry.items():
         if key not in names:
             raise InputError(f"[{name}] unknown key {key!r}{nearest(key, names)}", path=path)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-            raise InputError(f"[{name}] {key} is {value!r}, not a price", path=path)
+        if key == "checked":
+            fits = isinstance(value, datetime.date)
+        elif key == "source":
+            fits = isinstance(value, str)
+        else:
+            fits = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+        if not fits:
+            raise InputError(
+                f"[{name}] {key} is {value!r}, not {_MEANS.get(key, 'a price')}", path=path
+            )
     if missing := {"prompt", "completion"} - set(entry):
         raise InputError(f"[{name}] has no {min(missing)!r}", path=path)
     return Price(**entry)

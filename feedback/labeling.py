@@ -338,4 +338,4 @@ def _say_dry_run(members: Sequence[Member], plans: Sequence[QuestionPlan], work:
         elif price is None:
             say(f"price: unknown; add {options.engine.model!r} to the price table to see it")
         else:
-            say(f"price: {most or 'about '}${cost:.4f}")
+            say(f"price: {most or 'about '}${cost:.4f} ({price.note})")

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ from scripted import Scripted, manifest_of, write_candidates
 
 from feedback import labeling
 from feedback.backends import JudgeCall, JudgeReply
+from feedback.budget import find_price
 from feedback.config import EngineOptions
 from feedback.errors import BudgetExceeded, InputError, RecipeError, ShardError
 from feedback.labeling import JudgeOptions
 from feedback.records import Usage, Verdict, decode
 from feedback.shards import ShardWriter, read_jsonl, read_rows, shard_paths
+from feedback.templates import prompts_folder
 from feedback.verdict_index import VerdictIndex
 
 SMALL = {f"p{n}": [1.0, 2.0, 3.0] for n in range(5)}  # 5 prompts, 3 pairs, 2 orders: 30 questions
@@ -305,8 +308,6 @@ def test_cost_is_counted_and_limited(tmp_path: Path, engines: dict[str, Scripted
 
 
 def test_cached_prompt_tokens_and_the_batch_api_have_their_price(tmp_path: Path) -> None:
-    from feedback.budget import find_price
-
     table = prices(
         tmp_path,
         '["m"]\nprompt = 10.0\ncached = 1.0\ncompletion = 20.0\nbatch = 0.5\n["m-mini"]\n'
@@ -329,11 +330,11 @@ def test_cached_prompt_tokens_and_the_batch_api_have_their_price(tmp_path: Path)
         ('["m"]\nprompt = 1\n', "has no 'completion'"),
         ('["m"]\nprompt = 1\ncompletion = -1\n', "not a price"),
         ('["m"]\npromt = 1\ncompletion = 1\n', "did you mean 'prompt'"),
+        ('["m"]\nprompt = 1\ncompletion = 1\nchecked = "May"\n', "not a date such as"),
+        ('["m"]\nprompt = 1\ncompletion = 1\nsource = 3\n', "not a text"),
     ],
 )
 def test_a_wrong_price_table_is_named(tmp_path: Path, text: str, words: str) -> None:
-    from feedback.budget import find_price
-
     with pytest.raises(InputError, match=words):
         find_price("m", prices(tmp_path, text))
 
@@ -353,8 +354,20 @@ def test_a_dry_run_prints_and_sends_nothing(
     assert "5 prompts, 30 calls to judge; nothing was sent" in said
     assert "30 reply tokens" in said
     assert "price: about $" in said
+    assert "a price without a date: check it" in said
+    dated = 'prompt = 100.0\ncompletion = 200.0\nchecked = 2026-01-31\nsource = "the invoice"\n'
+    table = prices(tmp_path, f'["judge"]\n{dated}')
+    labeling.run(options(tmp_path, backend="openai", prices=table, dry_run=True))
+    assert "(price as of 2026-01-31, the invoice)" in capsys.readouterr().out
     assert engines["judge"].calls == []
     assert not (tmp_path / "verdicts").exists()
+
+
+def test_every_shipped_price_says_when_it_was_checked_and_where() -> None:
+    table = tomllib.loads((prompts_folder() / "prices.toml").read_text())
+    for name in table:
+        price = find_price(name)
+        assert price is not None and price.checked is not None and price.source
 
 
 # --- wrong input ---------------------------------------------------------------------------------
