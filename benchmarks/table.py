@@ -3,14 +3,15 @@
     python benchmarks/table.py            print it
     python benchmarks/table.py --write    put it into README.md between its markers
 
-Each line names the figure, the value, and the command that made it. A result that is missing is
-missing in the table: nothing here has a value of its own.
+Each line names the figure, the value, and the script that made it; the whole command stands in the
+result file. A result that is missing is missing in the table: nothing here has a value of its own.
 """
 
 # ruff: noqa: E501  (one line of the table is one line here)
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,7 +102,9 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         value = line.form.format(result["figures"][line.figure])
         hardware = result["hardware"]
         where = hardware if isinstance(hardware, str) else hardware.get("name", "")
-        rows.append(f"| {line.words} | {value} | {where} | `{result['command']}` |")
+        script = re.search(r"\S+\.py|make \S+|rlaif \S+", result["command"])
+        by = script.group() if script else result["command"]
+        rows.append(f"| {line.words} | {value} | {where} | `{by}` |")
     return "\n".join(rows)
 
 

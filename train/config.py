@@ -88,6 +88,9 @@ class TrainOptions:
     weights, bfloat16 products; auto: bfloat16 on CUDA, float32 on CPU."""
     compile: Literal["auto", "none", "layers"] = "auto"
     """torch.compile of each decoder layer; auto: on CUDA."""
+    activation_budget: float = 0.9
+    """Share of a compiled layer's activations kept for its backward pass; the cheapest of the rest
+    are computed again. 1 keeps all."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     logprob_chunk: int = 0
@@ -141,6 +144,10 @@ class TrainOptions:
             raise RecipeError("quantize trains adapters over frozen weights: set lora_rank too")
         if (self.lora_alpha or self.lora_dropout) and not self.lora_rank:
             raise RecipeError("lora_alpha and lora_dropout do nothing while lora_rank is 0")
+        if not 0 < self.activation_budget <= 1:
+            raise RecipeError(
+                f"activation_budget is {self.activation_budget}; it must lie in (0, 1]"
+            )
         if self.batch_size < 0 or self.epochs <= 0 or self.max_length < 2:
             raise RecipeError("batch_size must be >= 0, epochs > 0 and max_length >= 2")
         if self.row_tokens and self.row_tokens < self.max_length:

@@ -339,12 +339,13 @@ def completion_logps(model: Any, batch: PackedBatch, *, chunk: int = 0) -> Compl
     return CompletionLogps(logps, batch.lengths, tokens.logprobs)
 
 
-def compile_layers(model: Any, mode: str) -> None:
+def compile_layers(model: Any, mode: str, *, activation_budget: float = 0.9) -> None:
     """Compile every decoder layer, unless that is done already.
 
     Args:
         model: with a list of ``layers`` in its backbone.
         mode: layers, none, or auto (on CUDA).
+        activation_budget: share of a layer's activations kept for its backward pass, in (0, 1].
     """
     stack = backbone(model)
     cuda = next(stack.parameters()).is_cuda
@@ -352,6 +353,7 @@ def compile_layers(model: Any, mode: str) -> None:
         return
     # Rows come in a few lengths, and each is a graph of its own.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    torch._functorch.config.activation_memory_budget = activation_budget
     for layer in stack.layers:
         if layer._compiled_call_impl is None:
             layer.compile(dynamic=False)

@@ -180,7 +180,7 @@ class PackedTrainer(Trainer):
         )
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        compile_layers(model, options.compile)
+        compile_layers(model, options.compile, activation_budget=options.activation_budget)
 
     # --- data
 
