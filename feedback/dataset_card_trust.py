@@ -19,7 +19,7 @@ from feedback.intervals import Estimate
 from feedback.markdown import code, plain, table
 from feedback.provenance import Origin
 
-__all__ = ["trust_sections"]
+__all__ = ["bias_sections", "trust_sections"]
 
 
 def trust_sections(origins: Sequence[Origin], *, accepted: Sequence[str] = ()) -> list[str]:
@@ -34,7 +34,7 @@ def trust_sections(origins: Sequence[Origin], *, accepted: Sequence[str] = ()) -
     for origin in judged:
         if len(judged) > 1:
             parts.append(f"### Of {plain(origin.name)}")
-        parts += [*_biases(origin), _gate(origin, accepted), *_report(origin)]
+        parts += [*bias_sections(origin, accepted=accepted), *_report(origin)]
     return [part for part in parts if part]
 
 
@@ -80,7 +80,8 @@ def _measured(origin: Origin) -> Iterator[tuple[str, str, Estimate]]:
             )
 
 
-def _biases(origin: Origin) -> list[str]:
+def bias_sections(origin: Origin, *, accepted: Sequence[str] = ()) -> list[str]:
+    """Return the known biases of one judging's judge in words, and what the gate said of it."""
     by_arm: dict[str, dict[str, Estimate]] = {}
     for arm, name, estimate in _measured(origin):
         by_arm.setdefault(arm, {})[name] = estimate
@@ -96,7 +97,7 @@ def _biases(origin: Origin) -> list[str]:
             parts.append("Not measured: " + "; ".join(missing) + ".")
     if not arms:
         parts.append("No report card of this judge is recorded: its biases are unknown.")
-    return parts
+    return [*parts, _gate(origin, accepted)]
 
 
 def _gate(origin: Origin, accepted: Sequence[str]) -> str:

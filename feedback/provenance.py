@@ -16,7 +16,14 @@ from typing import Any
 from feedback.shards import MANIFEST, manifest_sha256, read_manifest
 from feedback.templates import Template, describe
 
-__all__ = ["Origin", "judging_record", "origins_of", "sampling_record", "template_record"]
+__all__ = [
+    "Origin",
+    "judging_record",
+    "origins_in",
+    "origins_of",
+    "sampling_record",
+    "template_record",
+]
 
 _COMMON = ("stage", "rows", "counts", "failed", "started", "versions", "recipe", "source", "format")
 _JUDGING = (
@@ -104,7 +111,9 @@ def origins_of(folders: Sequence[Path]) -> list[Origin]:
     found: dict[Any, Origin] = {}
     for folder in folders:
         manifest = read_manifest(folder)
-        for origin in _origins(folder.name, manifest, manifest_sha256(folder), folder.parent):
+        for origin in origins_in(
+            folder.name, manifest, manifest_sha256(folder), beside=folder.parent
+        ):
             judged = origin.judging.get("manifest_sha256")
             sampled = origin.sampling.get("manifest_sha256")
             key = (judged, sampled) if judged or sampled else origin.manifest_sha256
@@ -127,12 +136,20 @@ def _without_parts(origins: list[Origin]) -> list[Origin]:
     return [origin for origin in origins if not repeated(origin)]
 
 
-def _origins(
-    name: str, manifest: Mapping[str, Any], sha256: str, beside: Path | None
+def origins_in(
+    name: str, manifest: Mapping[str, Any], sha256: str, *, beside: Path | None = None
 ) -> Iterator[Origin]:
+    """Yield the judgings behind one folder, from its manifest.
+
+    Args:
+        name: the folder's name.
+        manifest: its manifest; the list of shards may be missing.
+        sha256: hash of the manifest.
+        beside: folder in which candidates and report card are looked for; None: nowhere.
+    """
     if manifest.get("sources"):
         for source in manifest["sources"]:
-            yield from _origins(source["folder"], source, source["manifest_sha256"], None)
+            yield from origins_in(source["folder"], source, source["manifest_sha256"])
         return
     own = {"manifest_sha256": sha256, **manifest}
     parts = manifest.get("provenance") or {}

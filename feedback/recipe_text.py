@@ -13,13 +13,15 @@ from typing import Any
 
 from feedback.provenance import Origin
 
-__all__ = ["recipe_text"]
+__all__ = ["recipe_table", "recipe_text"]
 
 # Where things lay, where they were asked, and how fast: not what the rows depend on.
 _LEFT_OUT = {
     "out", "candidates", "verdicts", "base_url", "api_key_env", "cache", "on_change", "dry_run",
     "concurrency", "timeout_s", "max_retries", "requests_per_minute", "tokens_per_minute",
-    "headers", "max_cost", "max_calls", "replay_from", "prices", "gpu_memory",
+    "headers", "max_cost", "max_calls", "replay_from", "prices", "gpu_memory", "output",
+    "save_every", "keep_checkpoints", "report_to", "workers", "resume", "reference_cache",
+    "peak_tflops",
 }  # fmt: skip
 _PATHS = ("/", "./", "../", "~", "\\")
 
@@ -36,7 +38,7 @@ def recipe_text(origin: Origin) -> str:
         ("pair", origin.pairing, PairOptions),
     )
     known = {
-        stage: list(_table(stage, _changed(record["recipe"], kind)))
+        stage: recipe_table(stage, record["recipe"], kind)
         for stage, record, kind in stages
         if record.get("stage") == stage and "recipe" in record
     }
@@ -45,6 +47,11 @@ def recipe_text(origin: Origin) -> str:
     names = [name for name in ("sample", "judge", "report", "pair") if name in (*known, "report")]
     run = list(_table("run", {"folder": "runs/again", "stages": names}))
     return "\n".join("\n".join([*lines, ""]) for lines in (run, *known.values()))
+
+
+def recipe_table(stage: str, recipe: Mapping[str, Any], kind: type[Any]) -> list[str]:
+    """Return the lines of one stage's table: what differs from the defaults of ``kind``."""
+    return list(_table(stage, _changed(recipe, kind)))
 
 
 def _changed(recipe: Mapping[str, Any], kind: type[Any]) -> dict[str, Any]:

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from feedback.shards import package_versions, write_json, write_text
+from feedback.shards import package_versions, write_json
+from train.model_card import write_model_card
 from train.models import base_model, resolve_model
 from train.ppo_config import PpoOptions
 from train.ppo_setup import Run
@@ -44,22 +45,28 @@ def finish(this: Run, progress: Progress, *, seconds: float) -> Trained:
         this.networks.tokenizer.save_pretrained(folder)
         for path in folder.glob("best-*.pt"):
             path.unlink()
-        write_text(folder / "README.md", _card(this, progress, figures))
-        write_json(
-            folder / RECORD,
-            {
-                "command": "ppo",
-                "fingerprint": run_fingerprint(options),
-                "options": json.loads(json.dumps(dataclasses.asdict(options), default=str)),
-                "base_model": resolve_model(options.model),
-                "stopped": progress.stopped,
-                "figures": figures,
-                "versions": package_versions(),
-            },
-        )
+        record = {
+            "command": "ppo",
+            "fingerprint": run_fingerprint(options),
+            "options": json.loads(json.dumps(dataclasses.asdict(options), default=str)),
+            "base_model": resolve_model(options.model),
+            "reward_data": _reward_data(options),
+            "stopped": progress.stopped,
+            "figures": figures,
+            "versions": package_versions(),
+        }
+        write_model_card(folder, record)
+        write_json(folder / RECORD, record)
     if options.report_to:
         this.accelerator.end_training()
     return Trained(folder, figures, line)
+
+
+def _reward_data(options: PpoOptions) -> list[dict[str, Any]]:
+    """Return what the reward models were trained on, as far as their folders say."""
+    records = [Path(name) / RECORD for name in options.reward.models]
+    known = [json.loads(path.read_text(encoding="utf-8")) for path in records if path.is_file()]
+    return [entry for record in known for entry in record.get("data", [])]
 
 
 def _figures(this: Run, progress: Progress, seconds: float) -> dict[str, Any]:
@@ -108,20 +115,3 @@ def _line(this: Run, progress: Progress, figures: dict[str, Any]) -> str:
     if progress.stopped:
         parts.append(f"stopped because {progress.stopped}")
     return ", ".join(parts) + f"; policy in {this.options.output}"
-
-
-def _card(this: Run, progress: Progress, figures: dict[str, Any]) -> str:
-    options = this.options
-    numbers = {name: value for name, value in figures.items() if isinstance(value, int | float)}
-    rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in numbers.items())
-    ended = progress.stopped or "all steps were done"
-    guard = "none" if this.gold is None else f"kept the policy of step {this.guard.best_step}"
-    recipe = json.dumps(dataclasses.asdict(options), default=str, indent=2)
-    return (
-        f"---\nlibrary_name: transformers\nbase_model: {options.model}\n"
-        f"tags: [rlaif, ppo]\n---\n\n# {options.output.name}\n\n"
-        f"`{options.model}` after `rlaif ppo`; reward: {options.reward.kind}.\n\n"
-        f"The run ended because {ended}. Overoptimisation guard: {guard}.\n\n"
-        f"## Figures\n\n| figure | value |\n|---|---|\n{rows}\n\n"
-        f"## Recipe\n\n```json\n{recipe}\n```\n"
-    )

@@ -1,8 +1,8 @@
 """From prepared parts to a finished run: resume or start, train, save, write down what happened.
 
 A run's folder ends up holding the model and its tokenizer, ``training.json`` (options, data,
-figures; written last, so its presence means that the run is complete), ``loss.jsonl``, and
-``README.md``, the model card.
+figures; written last, so its presence means that the run is complete), ``loss.jsonl``,
+``README.md``, the model card, and a picture of the curves.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from feedback.shards import (
     package_versions,
     read_manifest,
     write_json,
-    write_text,
 )
 from train.chat import DataReport
 from train.config import TrainOptions
 from train.data import Group
+from train.model_card import write_model_card
 from train.models import resolve_device, resolve_model
 from train.trainer import Objective, PackedTrainer, newest_checkpoint
 
@@ -244,7 +244,7 @@ def _record(
         "versions": package_versions(),
         **extra,
     }
-    write_text(options.output / "README.md", _card(options, command, figures, report, sources))
+    write_model_card(options.output, record)
     write_json(options.output / RECORD, record)
 
 
@@ -253,7 +253,7 @@ def _source_record(source: Path) -> dict[str, Any]:
     if source.is_dir() and (source / MANIFEST).is_file():
         manifest = read_manifest(source)
         record["rows"] = manifest["rows"]
-        record |= {key: manifest[key] for key in ("judge", "judges", "template") if key in manifest}
+        record["manifest"] = {key: value for key, value in manifest.items() if key != "shards"}
     return record
 
 
@@ -280,32 +280,3 @@ def _line(command: str, figures: dict[str, Any], output: Path) -> str:
     if "peak_gib" in figures:
         parts.append(f"peak {figures['peak_gib']:.1f} GiB")
     return ", ".join(parts) + f"; model in {output}"
-
-
-def _card(
-    options: TrainOptions,
-    command: str,
-    figures: dict[str, Any],
-    report: DataReport,
-    sources: Sequence[dict[str, Any]],
-) -> str:
-    """Return the model card."""
-    numbers = {k: v for k, v in figures.items() if isinstance(v, int | float)}
-    rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in numbers.items())
-    data = "\n".join(
-        f"- `{entry['source']}`: {entry.get('rows', '?')} rows, identity `{entry['identity'][:16]}`"
-        + (f", judge `{json.dumps(entry['judge'])}`" if "judge" in entry else "")
-        for entry in sources
-    )
-    warnings = "\n".join(f"- {message}" for message in report.warnings) or "none"
-    recipe = json.dumps(dataclasses.asdict(options), default=str, indent=2)
-    return (
-        f"---\nlibrary_name: transformers\nbase_model: {options.model}\n"
-        f"tags: [rlaif, {command}]\n---\n\n"
-        f"# {options.output.name}\n\n"
-        f"`{options.model}` after `rlaif {command}`.\n\n"
-        f"## Data\n\n{data}\n\n{report.groups} prompts, {report.completions} completions, "
-        f"{report.pairs} pairs ({report.ties} ties).\n\nWarnings:\n\n{warnings}\n\n"
-        f"## Figures\n\n| figure | value |\n|---|---|\n{rows}\n\n"
-        f"## Recipe\n\n```json\n{recipe}\n```\n"
-    )

@@ -41,6 +41,7 @@ from train.losses import (
     weighted_mean,
 )
 from train.losses_listwise import pad_groups, plackett_luce_loss
+from train.model_card import write_model_card
 from train.models import add_adapters, load_model, load_tokenizer, packed_rewards
 from train.packing import PackedBatch
 from train.results import Trained, announce, finished, fit
@@ -257,6 +258,8 @@ def _report(
     )
     figures["data"] = "held-out prompts" if held_out else "training prompts: set eval_share"
     write_json(options.output / REPORT, figures)
+    if options.members == 1:
+        write_model_card(options.output)
     accuracy = figures["accuracy"]
     if accuracy["value"] is not None:
         interval = f"[{accuracy['low']:.3f}, {accuracy['high']:.3f}]"
