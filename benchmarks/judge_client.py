@@ -250,6 +250,7 @@ def main() -> None:
         "hardware": f"{os.cpu_count()} CPU cores, server on one of them",
         "machine": "load averages before each run are in runs[].loads; above 0.3 others worked too",
         "versions": package_versions(),
+        "peers": {name: list(CLIENTS[name].packages) for name in options.peers},
         "figures": figures(table),
         "runs": table,
     }
