@@ -18,6 +18,7 @@ from typing import Any
 
 from feedback.ordering import Orders, merge_orders
 from feedback.panel import Combination, by_member, combine
+from feedback.panel_ratings import strongest_ratings
 from feedback.ranking import criterion_of
 from feedback.records import Comparison, Outcome, Verdict
 from feedback.verdict_index import RUN_RECORD, VerdictIndex
@@ -125,11 +126,7 @@ def prompt_comparisons(
         combination: how several judges' comparisons are merged; None for a single judge.
     """
     if combination is not None:
-        pairs_of: dict[tuple[str, str], dict[int, Comparison]] = defaultdict(dict)
-        for number, compared in member_comparisons(verdicts, orders=orders).items():
-            for one in compared:
-                pairs_of[one.a, one.b][number] = one
-        return [combine(members, combination) for members in pairs_of.values()]
+        return _several(list(verdicts), combination, orders=orders, weights=weights)
     pairs: dict[tuple[str, ...], list[Verdict]] = defaultdict(list)
     rated: dict[str, list[Verdict]] = defaultdict(list)
     for verdict in verdicts:
@@ -147,12 +144,32 @@ def prompt_comparisons(
     return found
 
 
+def _several(
+    verdicts: Sequence[Verdict],
+    combination: Combination,
+    *,
+    orders: Orders,
+    weights: Mapping[str, float] | None,
+) -> list[Comparison]:
+    if combination.rule == "cascade" and any(row.kind == "rating" for row in verdicts):
+        # One completion may be rated by the first judge, the other one by the strong judge.
+        return prompt_comparisons(strongest_ratings(verdicts), orders=orders, weights=weights)
+    pairs_of: dict[tuple[str, str], dict[int, Comparison]] = defaultdict(dict)
+    for number, found in member_comparisons(verdicts, orders=orders, weights=weights).items():
+        for one in found:
+            pairs_of[one.a, one.b][number] = one
+    return [combine(members, combination) for members in pairs_of.values()]
+
+
 def member_comparisons(
-    verdicts: Iterable[Verdict], *, orders: Orders = "both"
+    verdicts: Iterable[Verdict],
+    *,
+    orders: Orders = "both",
+    weights: Mapping[str, float] | None = None,
 ) -> dict[int, list[Comparison]]:
     """Return the comparisons of one prompt by the number of the judge that made them."""
     return {
-        number: prompt_comparisons(rows, orders=orders)
+        number: prompt_comparisons(rows, orders=orders, weights=weights)
         for number, rows in by_member(verdicts).items()
     }
 

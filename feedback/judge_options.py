@@ -39,7 +39,8 @@ class JudgeOptions:
     pairs: PairPolicy = "all"
     """Pairs to ask: all, first (the first completion with each other), random, or cross (only
     between completions of different models); or chosen by the answers so far: sort (merge sort),
-    swiss (neighbours by points, in rounds) or active (where an answer tells most)."""
+    swiss (neighbours by points, in rounds) or active (where an answer tells most); of several
+    judges, the first one's answers choose for all."""
     pairs_per_prompt: int | None = None
     """At most so many pairs of each prompt; None: all that the policy names (active: k log2 k)."""
     repeats: int = 1
@@ -92,8 +93,3 @@ class JudgeOptions:
             raise RecipeError(f"temperature is {self.temperature}; it must be at least 0")
         if self.panel is not None and self.cascade is not None:
             raise RecipeError("a recipe has [judge.panel] or [judge.cascade], not both")
-        if (self.panel or self.cascade) and self.pairs in ("sort", "swiss", "active"):
-            raise RecipeError(
-                f"pairs {self.pairs!r} follow one judge's answers; several judges need pairs that "
-                "are the same for all"
-            )

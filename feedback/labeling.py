@@ -15,13 +15,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from feedback.adaptive import BLOCK, PairRounds
 from feedback.backends.opening import open_backend
 from feedback.budget import estimate_tokens
-from feedback.comparing import member_comparisons
+from feedback.comparing import prompt_comparisons
 from feedback.config import recipe_of
 from feedback.constitution import load_constitution
 from feedback.errors import BudgetExceeded
@@ -43,12 +44,19 @@ from feedback.labeling_setup import (
     question_plan,
     survey,
 )
-from feedback.panel import CascadeOptions, is_unsure
+from feedback.panel import CascadeOptions, by_member, is_unsure
+from feedback.panel_ratings import is_unsure_rating
 from feedback.panel_report import panel_lines, panel_report
 from feedback.progress import ProgressBar, say
 from feedback.provenance import template_record
-from feedback.questions import QuestionPlan, expected_questions, questions_about
-from feedback.records import Candidates
+from feedback.questions import (
+    QuestionPlan,
+    expected_questions,
+    questions_about,
+    questions_of,
+)
+from feedback.ranking import criterion_of
+from feedback.records import Candidates, Verdict
 from feedback.run_folder import claim_folder, make_way, started
 from feedback.shards import read_rows
 from feedback.templates import Template, describe, load_criteria, load_template, render
@@ -82,11 +90,17 @@ def run(options: JudgeOptions) -> None:
         return
     passes = []
     for member, plan in zip(members, plans, strict=True):
-        asks = _ask_adaptive if plan.adaptive else _ask_everything
         if options.cascade is not None and member.number:
-            passes.append(_Pass(member, _ask_unsure(options, options.cascade, plan)))
+            ask = _ask_unsure(options, options.cascade, plan)
+        elif plan.adaptive:
+            ask = (
+                _ask_the_same_pairs(options, plan)
+                if member.number
+                else _ask_adaptive(options, plan)
+            )
         else:
-            passes.append(_Pass(member, asks(options, plan)))
+            ask = _ask_everything(options, plan)
+        passes.append(_Pass(member, ask))
     _label(options, passes, work)
 
 
@@ -127,20 +141,52 @@ def _ask_adaptive(options: JudgeOptions, plan: QuestionPlan) -> Ask:
     return ask
 
 
+def _ask_the_same_pairs(options: JudgeOptions, plan: QuestionPlan) -> Ask:
+    """Ask a further judge about the pairs that the first one's answers chose."""
+
+    def wanted(row: Candidates, first: Sequence[Verdict]) -> Iterator[Question]:
+        by_id = {entry.completion_id: entry for entry in row.completions}
+        chosen = dict.fromkeys(tuple(sorted(verdict.shown)) for verdict in first)
+        yield from questions_about(row, [(by_id[a], by_id[b]) for a, b in chosen], plan)
+
+    return _ask_after_the_first(options, wanted)
+
+
 def _ask_unsure(options: JudgeOptions, cascade: CascadeOptions, plan: QuestionPlan) -> Ask:
-    """Ask the strong judge about the pairs that the first one is unsure of."""
+    """Ask the strong judge about the pairs, or the ratings, that the first one is unsure of."""
+
+    def pairs(row: Candidates, first: Sequence[Verdict]) -> Iterator[Question]:
+        by_id = {entry.completion_id: entry for entry in row.completions}
+        unsure = [
+            (by_id[found.a], by_id[found.b])
+            for found in prompt_comparisons(first, orders=options.orders)
+            if is_unsure(found, cascade)
+        ]
+        yield from questions_about(row, unsure, plan)
+
+    def ratings(row: Candidates, first: Sequence[Verdict]) -> Iterator[Question]:
+        rated: dict[tuple[str, str], list[Verdict]] = defaultdict(list)
+        for verdict in first:
+            rated[verdict.shown[0], criterion_of(verdict)].append(verdict)
+        unsure = {key for key, rows in rated.items() if is_unsure_rating(rows, cascade)}
+        for question in questions_of(row, plan):
+            if (question.shown[0], question.criterion or "") in unsure:
+                yield question
+
+    return _ask_after_the_first(options, ratings if plan.template.kind == "rating" else pairs)
+
+
+def _ask_after_the_first(
+    options: JudgeOptions, wanted: Callable[[Candidates, Sequence[Verdict]], Iterator[Question]]
+) -> Ask:
+    """Ask what follows, prompt by prompt, from the first judge's verdicts in the folder."""
 
     def questions() -> Iterator[Question]:
         with VerdictIndex(options.out) as index:
             for row in read_rows(options.candidates, Candidates):
-                by_id = {entry.completion_id: entry for entry in row.completions}
-                first = member_comparisons(index.verdicts(row.prompt_id), orders=options.orders)
-                pairs = [
-                    (by_id[found.a], by_id[found.b])
-                    for found in first.get(0, ())
-                    if is_unsure(found, cascade)
-                ]
-                yield from questions_about(row, pairs, plan)
+                first = by_member(index.verdicts(row.prompt_id)).get(0)
+                if first:
+                    yield from wanted(row, first)
 
     def ask(run: LabelingRun, bar: ProgressBar) -> None:
         run.ask_all(questions(), bar)
@@ -206,7 +252,9 @@ def _finish(
     info = _manifest(options, passes, judges, work)
     combination = combination_of(options)
     if combination is not None:
-        info["panel"] = panel_report(options.out, combination, orders=options.orders)
+        info["panel"] = panel_report(
+            options.out, combination, orders=options.orders, weights=info.get("criteria")
+        )
         for line in panel_lines(info["panel"], [judge.identity.model for judge in judges]):
             say(line)
     run.finish(info)
@@ -243,7 +291,7 @@ def _run_record(options: JudgeOptions, passes: Sequence[_Pass], judge: Judge) ->
 
 
 def _cascade_record(cascade: CascadeOptions) -> dict[str, Any]:
-    names = ("unsure", "inconsistent", "min_mass")
+    names = ("unsure", "inconsistent", "min_mass", "max_entropy")
     return {name: getattr(cascade, name) for name in names}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from feedback.judge_options import JudgeOptions
 from feedback.length import LengthBudget
 from feedback.ordering import distinct_completions
 from feedback.panel import Combination
+from feedback.parsing import scale_values
 from feedback.progress import say
 from feedback.questions import QuestionPlan, expected_questions, questions_of
 from feedback.records import Candidates
@@ -70,7 +71,7 @@ def members_of(options: JudgeOptions) -> list[Member]:
     """Return the judges of a run, in the order in which they are asked.
 
     Raises:
-        RecipeError: two of them are the same, or a cascade's judge does not compare pairs.
+        RecipeError: two of them are the same, or their answers cannot be merged.
     """
     if options.panel is None and options.cascade is None:
         return [Member(options, None)]
@@ -89,12 +90,34 @@ def members_of(options: JudgeOptions) -> list[Member]:
     asked = [(row.options.engine, row.options.template, row.options.rubric) for row in members]
     if any(entry in asked[:place] for place, entry in enumerate(asked)):
         raise RecipeError("two judges have the same engine, template and rubric")
-    kinds = {load_template(row.options.template).kind for row in members}
-    if kinds != {"pairwise"}:
-        raise RecipeError(
-            f"several judges compare pairs; their templates are {', '.join(sorted(kinds))}"
-        )
+    _check_same_question(options, members)
     return members
+
+
+def _check_same_question(options: JudgeOptions, members: Sequence[Member]) -> None:
+    """Refuse judges whose answers cannot be merged."""
+    templates = [load_template(row.options.template) for row in members]
+    kinds = {template.kind for template in templates}
+    if len(kinds) > 1:
+        raise RecipeError(
+            f"several judges answer the same kind of question; their templates are "
+            f"{' and '.join(sorted(kinds))}"
+        )
+    if kinds == {"listwise"} and options.cascade is not None:
+        raise RecipeError(
+            "a cascade goes by pairs or ratings; for lists use a panel, or a pairwise template"
+        )
+    if kinds == {"rating"}:
+        scales = {tuple(scale_values(template)) for template in templates}
+        weights = [
+            load_criteria(row.options.rubric or template.rubric).weights
+            for row, template in zip(members, templates, strict=True)
+        ]
+        if len(scales) > 1 or any(entry != weights[0] for entry in weights):
+            raise RecipeError(
+                "several judges rate on one scale, by the same criteria with the same weights; "
+                "give them templates and rubrics that agree"
+            )
 
 
 def combination_of(options: JudgeOptions) -> Combination | None:

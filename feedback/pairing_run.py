@@ -68,6 +68,7 @@ def pair(options: PairOptions) -> None:
         rankings = stack.enter_context(_fresh_writer(options.out, "rankings"))
         bar = stack.enter_context(ProgressBar("pairing", prompts))
         read = 0
+        combination = Combination.read(manifest.get("combine"))
         for row in checked_candidates(options.candidates):
             verdicts = index.verdicts(row.prompt_id)
             read += len(verdicts)
@@ -75,7 +76,7 @@ def pair(options: PairOptions) -> None:
                 verdicts,
                 orders=orders,
                 weights=manifest.get("criteria"),
-                combination=Combination.read(manifest.get("combine")),
+                combination=combination,
             )
             _check_known(row, found, options)
             completions = {entry.completion_id: entry for entry in row.completions}
@@ -88,6 +89,7 @@ def pair(options: PairOptions) -> None:
                 source=source,
                 verdicts=verdicts,
                 weights=manifest.get("criteria"),
+                combination=combination,
             )
             for preference in preference_rows(
                 row, labelled, rules, ranking=ranking, source=source, counts=counts

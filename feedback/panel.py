@@ -1,9 +1,10 @@
-"""Several judges on the same pairs: panels, and cascades of a cheap judge before a strong one.
+"""Several judges on the same questions: panels, and cascades of a cheap judge before a strong one.
 
-A panel asks every judge about every pair and merges their comparisons by the (weighted) mean of
-their probabilities, or by majority. A cascade asks the first judge about everything and the second
-only about what the first is unsure of. In both, each judge's own verdicts stay in the folder, with
-the judge's number in ``meta["member"]``.
+A panel asks every judge everything and merges what they say of each pair by the (weighted) mean of
+their probabilities, or by majority; pairs, ratings and lists alike. A cascade asks the first judge
+about everything and the second only about the pairs or ratings that the first is unsure of. Where
+pairs are chosen by answers, the first judge chooses them for all. In all of it, each judge's own
+verdicts stay in the folder, with the judge's number in ``meta["member"]``.
 
     [judge]                         [judge]
     engine.model = "small"          engine.model = "small"
@@ -84,6 +85,9 @@ class CascadeOptions:
     """Ask it where the first judge's two orders disagree."""
     min_mass: float = 0.5
     """Ask it where the first judge's offered labels hold less probability than this."""
+    max_entropy: float = 0.5
+    """Of ratings: ask it where the first judge spreads its probability over the scale by more than
+    this share of the largest entropy (an even spread has 1, certainty 0)."""
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
@@ -91,6 +95,8 @@ class CascadeOptions:
             raise RecipeError(f"unsure is {self.unsure}; it must be in [0, 0.5]")
         if not 0 <= self.min_mass <= 1:
             raise RecipeError(f"min_mass is {self.min_mass}; it must be in [0, 1]")
+        if not 0 <= self.max_entropy <= 1:
+            raise RecipeError(f"max_entropy is {self.max_entropy}; it must be in [0, 1]")
 
 
 class Combination(NamedTuple):

@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from feedback.ranking import RankedPair, rank_lists, rank_pairs, rank_ratings
+from feedback.panel import Combination
+from feedback.panel_ratings import panel_scores
+from feedback.ranking import RankedPair, rank_lists, rank_pairs, rank_ratings, rank_scores
 from feedback.records import (
     Candidates,
     Comparison,
@@ -196,11 +198,13 @@ def ranking_row(
     source: Mapping[str, Any],
     verdicts: Sequence[Verdict] = (),
     weights: Mapping[str, float] | None = None,
+    combination: Combination | None = None,
 ) -> Ranking | None:
     """Return the ranking of one prompt, or None without comparisons.
 
-    Lists are fitted as lists and ratings keep their scale; anything else is Bradley-Terry strengths
-    of the comparisons. Completions that were never judged have a null score and stand in no group.
+    A judge's lists are fitted as lists and ratings keep their scale; anything else, the merged
+    lists of several judges included, is Bradley-Terry strengths of the comparisons. Completions
+    that were never judged have a null score and stand in no group.
 
     Args:
         candidates: the prompt's completions.
@@ -209,10 +213,14 @@ def ranking_row(
         source: what the row's ``source`` begins with.
         verdicts: behind the comparisons.
         weights: of criteria that were rated one by one.
+        combination: how several judges are merged; None for a single judge.
     """
     pairs = [RankedPair(*_ids(row), row.p, row.tie) for row in labelled]
     kinds = {verdict.kind for verdict in verdicts}
-    if kinds == {"listwise"}:
+    if kinds == {"rating"} and combination is not None:
+        scores = panel_scores(verdicts, combination, weights=weights)
+        ranking = rank_scores(candidates, scores, pairs, weights=weights)
+    elif kinds == {"listwise"} and combination is None:
         ranking = rank_lists(candidates, verdicts, pairs)
     elif kinds == {"rating"}:
         ranking = rank_ratings(candidates, verdicts, pairs, weights=weights)

@@ -31,6 +31,7 @@ __all__ = [
     "rank_lists",
     "rank_pairs",
     "rank_ratings",
+    "rank_scores",
     "tied_groups",
 ]
 
@@ -156,7 +157,17 @@ def rank_ratings(
         pairs: the comparisons that the ratings make.
         weights: of criteria that were rated one by one.
     """
-    found = mean_scores(verdicts, weights=weights)
+    return rank_scores(candidates, mean_scores(verdicts, weights=weights), pairs, weights=weights)
+
+
+def rank_scores(
+    candidates: Candidates,
+    found: Mapping[str, float],
+    pairs: Sequence[RankedPair],
+    *,
+    weights: Mapping[str, float] | None = None,
+) -> Ranking | None:
+    """Return the ranking by scores, given by completion id; None without any."""
     scores = [found.get(row.completion_id) for row in candidates.completions]
     if not found:
         return None

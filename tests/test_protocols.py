@@ -293,12 +293,16 @@ def test_several_judges_are_checked_before_anything_is_sent(tmp_path, judges):
         judge(tmp_path, panel=PanelOptions(judges=(PanelJudge(engine=engine("cheap")),)))
     with pytest.raises(RecipeError, match=r"no \[\[judge.panel.judges\]\]"):
         judge(tmp_path, panel=PanelOptions())
-    with pytest.raises(RecipeError, match="compare pairs"):
-        judge(tmp_path, template="rating", cascade=CascadeOptions(engine=engine("strong")))
+    with pytest.raises(RecipeError, match="pairwise and rating"):
+        mixed = PanelJudge(engine=engine("other"), template="rating")
+        judge(tmp_path, panel=PanelOptions(judges=(mixed,)))
+    with pytest.raises(RecipeError, match="pairs or ratings; for lists use a panel"):
+        judge(tmp_path, template="listwise", cascade=CascadeOptions(engine=engine("strong")))
+    with pytest.raises(RecipeError, match="on one scale"):
+        nine = PanelJudge(engine=engine("other"), template="rating-nine")
+        judge(tmp_path, template="rating", panel=PanelOptions(judges=(nine,)))
     with pytest.raises(RecipeError, match="not both"):
         judge(tmp_path, panel=PanelOptions(), cascade=CascadeOptions())
-    with pytest.raises(RecipeError, match="one judge's answers"):
-        judge(tmp_path, pairs="active", cascade=CascadeOptions())
     assert not judges["cheap"].calls
 
 
