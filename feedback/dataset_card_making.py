@@ -36,6 +36,15 @@ def making_sections(origins: Sequence[Origin]) -> list[str]:
     return [part for part in parts if part]
 
 
+def _imported(record: Mapping[str, Any]) -> dict[str, str]:
+    """Return where imported rows came from; nothing of rows that this toolkit made."""
+    if record.get("stage") != "import" or not record.get("source"):
+        return {}
+    form = f", read as {code(record['format'])}" if record.get("format") else ""
+    revision = f" at {code(record['revision'])}" if record.get("revision") else ""
+    return {"imported from": f"{code(record['source'])}{revision}{form}"}
+
+
 def _facts(title: str, facts: Mapping[str, Any]) -> str:
     """Return a two-column table of what is known; facts that are None are left out."""
     rows = [[name, str(value)] for name, value in facts.items() if value is not None]
@@ -47,7 +56,7 @@ def _sampling(origin: Origin) -> str:
     if not record:
         return f"**Completions**\n\n{_UNSAID}"
     if record.get("stage") == "import":
-        return _facts("Completions", {"imported from": code(record.get("source", "a file"))})
+        return _facts("Completions", _imported(record))
     policies = [_identified(policy[0], next(filter(None, policy[1:]), None))
                 for policy in record.get("policies", [])]  # fmt: skip
     facts = {
@@ -67,9 +76,8 @@ def _sampling(origin: Origin) -> str:
 
 def _judging(origin: Origin) -> str:
     record = origin.judging
-    if not record or record.get("stage") == "import":
-        name = record.get("source") if record else None
-        return _facts("Labels", {"imported from": code(name)} if name else {})
+    if not record:
+        return _facts("Labels", _imported(origin.pairing))
     identities = [
         _identified(judge["model"], judge.get("revision"))
         + (f" at {code(judge['endpoint'])}" if judge.get("endpoint") else "")
@@ -77,11 +85,14 @@ def _judging(origin: Origin) -> str:
     ]
     template = record.get("template") or {}
     combined = record.get("combine") or {}
+    sha256 = f", sha256 {code(template['sha256'])}" if template.get("sha256") else ""
+    asked = f"{template['kind']} verdicts, {template['mode']} mode" if "kind" in template else None
     facts: dict[str, Any] = {
+        **_imported(record),
         "judge" if len(identities) < 2 else "judges": ", ".join(identities) or None,
         "judges combined by": combined.get("rule"),
-        "template": f"{code(template['name'])}, sha256 {code(template['sha256'])}",
-        "asked for": f"{template.get('kind')} verdicts, {template.get('mode')} mode",
+        "template": code(template["name"]) + sha256 if template else None,
+        "asked for": asked,
         "labels offered": ", ".join(map(code, record.get("choices", []))) or None,
         "orders": _ORDERS.get(str(record.get("orders")), record.get("orders")),
         "pairs of a prompt": record.get("pairs"),

@@ -36,7 +36,7 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
         "scores": ("list of float or null", "Bradley-Terry strength in log-odds, or rubric score"),
         "ranking": ("list of lists of int", "tied groups of places in completions, best first"),
         "prompt_id": ("text", "names the prompt; splits are by it"),
-        "comparisons": ("list of [i, j, p]", "p is the probability that i is better than j"),
+        "comparisons": ("list of records i, j, p", "p is the probability that i is better than j"),
         "source": ("record", "judge, template hash, verdict ids and manifest behind the label"),
     },
     "verdicts": {

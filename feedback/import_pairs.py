@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from feedback.errors import InputError
-from feedback.importing import ImportOptions, Judged, completion_of, read_objects, verdict_of
+from feedback.import_sources import rows_of
+from feedback.importing import ImportOptions, Judged, completion_of, verdict_of
 from feedback.records import Completion, GoldPair, Outcome, PromptText, Verdict, content_id
 
 __all__ = ["read_pairs"]
@@ -41,7 +42,7 @@ def read_pairs(options: ImportOptions) -> Iterator[Judged]:
     Raises:
         InputError: a row has no completions, no judge or no verdict at all; names file and line.
     """
-    for number, values in read_objects(options.source):
+    for number, values in rows_of(options):
         yield _judged(_Row(values, options, number))
 
 

@@ -1,8 +1,9 @@
-"""Judgments made elsewhere, as candidates, verdicts and gold pairs: any judge can be audited.
+"""Judgments and preferences made elsewhere, as folders that every other command reads.
 
-``rlaif import FILE --format mt_bench --out runs/audit`` writes up to three folders that every other
-command reads: ``candidates`` (where the file has texts), ``verdicts`` and ``gold`` (where it says
-who is right). A format is one function from a file to ``Judged`` rows, named in ``FORMATS``.
+``rlaif import FILE --format mt_bench --out runs/audit`` writes ``candidates`` (where the file has
+texts), ``verdicts``, ``gold`` (where it says who is right) and ``preferences`` (where it is
+training data): any judge can be audited, and existing data judged anew. A format is one function
+from a source to ``Judged`` rows, named in ``FORMATS``.
 
 What a file does not say is not invented: a format that does not record which answer stood first
 gives verdicts flagged ``order_unknown``, and the report card then says nothing about position.
@@ -29,6 +30,7 @@ from feedback.records import (
     GoldPair,
     JudgeIdentity,
     Outcome,
+    Preference,
     PromptText,
     Verdict,
     content_id,
@@ -54,8 +56,13 @@ FORMATS: dict[str, str] = {
     "reward_bench": "feedback.import_benchmarks:read_reward_bench",
     "mt_bench": "feedback.import_arenas:read_mt_bench",
     "arena_hard": "feedback.import_arenas:read_arena_hard",
+    "trl": "feedback.import_preferences:read_trl",
+    "hh": "feedback.import_preferences:read_hh",
+    "ultrafeedback": "feedback.import_preferences:read_ultrafeedback",
+    "published": "feedback.import_published:write_published",
 }
-"""Format -> ``module:function``; the function is an ``Importer``. Loaded when it is used."""
+"""Format -> ``module:function``; the function is an ``Importer`` (``published`` writes the folders
+itself). Loaded when it is used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,23 +70,37 @@ class ImportOptions:
     """Judgments made elsewhere -> candidates, verdicts and gold pairs."""
 
     source: Path
-    """File (JSON, JSONL, either may be gzipped) or folder of the format."""
+    """File (JSON, JSONL, either may be gzipped) or folder of the format; for pairs, trl, hh,
+    ultrafeedback and published also Parquet, or a data set on disk or on the Hub (user/name)."""
     format: str = "pairs"
-    """pairs, alpaca_eval, llmbar, reward_bench, mt_bench, arena_hard ..."""
+    """pairs, alpaca_eval, llmbar, reward_bench, mt_bench, arena_hard, trl, hh, ultrafeedback,
+    published."""
     out: Path
-    """Folder that gets candidates/, verdicts/ and gold/."""
+    """Folder that gets candidates/, verdicts/, gold/ and preferences/."""
+    config: str | None = None
+    """Data set: its config; None: the default one (published: all)."""
+    split: str | None = None
+    """Data set: its split; None: train (published: all)."""
+    revision: str | None = None
+    """Data set on the Hub: commit or tag."""
     judge: str | None = None
     """The judge's name, where the file does not say it."""
     template: str | None = None
     """Name of the template the judge was asked with; None: the format's."""
+    model: str = "unknown"
+    """trl, hh, ultrafeedback: who wrote the completions, where the rows do not say it."""
     questions: Path | None = None
     """mt_bench, arena_hard: the benchmark's question.jsonl, for the prompts' texts."""
     answers: Path | None = None
     """mt_bench, arena_hard: the folder model_answer, for the completions' texts."""
     column_id: str = "prompt_id"
-    """pairs: column that names the prompt; absent: a hash of the prompt."""
+    """Column that names the prompt; absent: a hash of the prompt."""
     column_prompt: str = "prompt"
-    """pairs: column of the prompt (text or messages)."""
+    """pairs, trl: column of the prompt (text or messages)."""
+    column_chosen: str = "chosen"
+    """trl, hh: column of the better completion, or of the dialogue that ends with it."""
+    column_rejected: str = "rejected"
+    """trl, hh: column of the worse one."""
     column_a: str = "a"
     """pairs: column of the completion shown first (text)."""
     column_b: str = "b"
@@ -133,7 +154,10 @@ class Judged:
     """Texts, where the file has them; verdicts may name completions that are not here."""
     verdicts: list[Verdict] = field(default_factory=list)
     gold: list[GoldPair] = field(default_factory=list)
+    preferences: list[Preference] = field(default_factory=list)
     meta: dict[str, Any] = field(default_factory=dict)
+    left_out: str = ""
+    """Why the row gives nothing; such rows are counted and said."""
 
 
 Importer = Callable[[ImportOptions], Iterator[Judged]]
@@ -149,22 +173,38 @@ def run(options: ImportOptions) -> None:
     from feedback.progress import say
 
     module, _, name = FORMATS[options.format].partition(":")
-    read: Importer = getattr(importlib.import_module(module), name)
-    counts = write_judged(read(options), options)
+    function = getattr(importlib.import_module(module), name)
+    left_out: Counter[str] = Counter()
+    if options.format == "published":
+        counts = function(options)
+    else:
+        counts = write_judged(_counted(function(options), left_out), options)
     if not counts:
         raise InputError("holds no rows of this format", path=options.source)
     parts = ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
     say(f"{options.out}: {parts}")
+    for why, count in left_out.most_common():
+        say(f"  left out: {count:,} pairs that are {why}")
     if counts["verdicts"]:
         say(f"next: rlaif report {options.out / 'verdicts'}")
 
 
+def _counted(rows: Iterable[Judged], left_out: Counter[str]) -> Iterator[Judged]:
+    """Yield the rows that give something; count the others by why they do not."""
+    for row in rows:
+        if row.left_out:
+            left_out[row.left_out] += 1
+        else:
+            yield row
+
+
 def write_judged(rows: Iterable[Judged], options: ImportOptions) -> Counter[str]:
-    """Write rows as candidates, verdicts and gold folders; return how many of each."""
+    """Write rows as folders of candidates, verdicts, gold, preferences; return how many of each."""
     prompts: dict[str, Candidates] = {}
     known: dict[str, dict[str, Completion]] = {}
     verdicts: dict[str, Verdict] = {}
     gold: dict[tuple[str, str, str], GoldPair] = {}
+    preferences: list[Preference] = []
     for row in rows:
         prompts.setdefault(
             row.prompt_id,
@@ -175,6 +215,7 @@ def write_judged(rows: Iterable[Judged], options: ImportOptions) -> Counter[str]
         verdicts |= {verdict.verdict_id: verdict for verdict in row.verdicts}
         for pair in row.gold:
             gold[pair.prompt_id, min(pair.a, pair.b), max(pair.a, pair.b)] = pair
+        preferences += row.preferences
     candidates = [
         Candidates(
             prompt_id=name,
@@ -189,6 +230,7 @@ def write_judged(rows: Iterable[Judged], options: ImportOptions) -> Counter[str]
         ("candidates", candidates),
         ("verdicts", list(verdicts.values())),
         ("gold", list(gold.values())),
+        ("preferences", preferences),
     )
     for kind, records in folders:
         if records:
@@ -203,8 +245,10 @@ def _write(options: ImportOptions, kind: str, records: list[Any]) -> None:
         raise InputError("already holds rows; import into a new folder", path=folder)
     info: dict[str, Any] = {
         "stage": "import",
+        "format": options.format,
         "recipe": recipe_of(options),
-        "source": options.source.name,
+        "source": options.source.name if options.source.exists() else str(options.source),
+        "revision": options.revision,
     }
     count = None
     if kind == "verdicts":
@@ -212,6 +256,8 @@ def _write(options: ImportOptions, kind: str, records: list[Any]) -> None:
             "judge": {"model": records[0].judge.model},
             "template": {"name": records[0].template},
         }
+        if criteria := sorted({record.meta.get("criterion", "") for record in records} - {""}):
+            info["criteria"] = dict.fromkeys(criteria, 1.0)
 
         def count(verdict: Verdict) -> str:
             return verdict.outcome

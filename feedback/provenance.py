@@ -25,7 +25,10 @@ __all__ = [
     "template_record",
 ]
 
-_COMMON = ("stage", "rows", "counts", "failed", "started", "versions", "recipe", "source", "format")
+_COMMON = (
+    "stage", "rows", "counts", "failed", "started", "versions", "recipe", "source", "format",
+    "revision",
+)  # fmt: skip
 _JUDGING = (
     "judge", "judges", "template", "templates", "rubric", "orders", "pairs", "pairs_per_prompt",
     "repeats", "sampling", "read", "min_mass", "max_prompt_tokens", "seed", "choices", "criteria",
@@ -38,7 +41,8 @@ _SAMPLING = (
     "counts_of_calls", "model", "revised_from",
 )  # fmt: skip
 _PAIRING = (
-    "comparisons", "calibration_sha256", "remedy", "recipe", "counts", "rows", "versions", "stage"
+    "comparisons", "calibration_sha256", "remedy", "recipe", "counts", "rows", "versions", "stage",
+    "source", "format", "revision",
 )  # fmt: skip
 
 
