@@ -159,7 +159,9 @@ def why(row: Row, text: Any) -> str:
     if row.source in ("qlora_scores", "fastchat_table"):
         return "the text scores only one of the two outright"
     if row.source == "llmzoo_ranking" and row.read is None:
-        return "no complete chain of '>' and '=': prose, or '=<', or a chain without some of them"
+        return "prose without a chain, or a chain without some of the assistants"
+    if row.source == "llmzoo_ranking" and "=<" in str(text)[-80:]:
+        return "stored the other way round than the text's prose and its chain ('=<') say"
     if row.source == "llmzoo_ranking":
         return "the stored ranks are not those of the text's final chain"
     if row.source == "alpaca_eval_fn" and row.read == "tie":

@@ -155,12 +155,18 @@ _ALL_EQUAL = re.compile(
 )
 
 
+_SIGNED = re.compile(r"\[?Assistant \d\]?(?:\s*(?:>=|=<|<=|[<>=≥≤])\s*\[?Assistant \d\]?)+")
+
+
 def read_chain(text: str, shown: int = 2) -> Reading:
     """Read "Assistant 2 > Assistant 1 = Assistant 3" over ``shown`` assistants.
 
-    Only '>' and '=' were offered: "=<" says 'worse or equal' and is not read as either.
+    Only '>' and '=' were offered. A chain that runs the other way ("1 < 2") is turned round, and
+    "at least as good" (">=", "=<") puts the one it favours first: a judge with '=' at hand that
+    does not use it says so in its prose ("slightly better") nearly always. Where both directions
+    stand in one chain it states no order.
     """
-    plain = plain_text(text)
+    plain = _SIGNED.sub(_offered_signs, plain_text(text))
     labels = [str(number) for number in range(1, shown + 1)]
     chain = find_ranking(plain, labels)
     if chain is not None:
@@ -170,6 +176,21 @@ def read_chain(text: str, shown: int = 2) -> Reading:
     if _ALL_EQUAL.search(last_line(plain)) and ">" not in last_line(plain):
         return Reading(outcome="decided", ranking=[labels], rationale=plain.strip())
     return no_verdict(plain, None, "no chain over all assistants")
+
+
+def _offered_signs(found: re.Match[str]) -> str:
+    """Return a chain in the two signs that were offered; unchanged where it runs both ways."""
+    names = re.findall(r"Assistant \d", found[0])
+    signs = re.findall(r">=|=<|<=|[<>=≥≤]", found[0])
+    upward = [sign in ("<", "=<", "<=", "≤") for sign in signs]
+    if any(upward):
+        if not all(up or sign == "=" for up, sign in zip(upward, signs, strict=True)):
+            return found[0]
+        names, signs = names[::-1], signs[::-1]
+    parts = [names[0]]
+    for sign, name in zip(signs, names[1:], strict=True):
+        parts += ["=" if sign == "=" else ">", name]
+    return " ".join(parts)
 
 
 _BETTER = re.compile(

@@ -58,6 +58,30 @@ def test_chain():
         assert read_reply("chain", unread, shown=3).outcome == "unparsed"
 
 
+@pytest.mark.parametrize(
+    ("text", "ranking"),
+    [
+        ("Assistant 1 < Assistant 2", [["2"], ["1"]]),
+        ("So the order is: [Assistant 1] =< [Assistant 2].", [["2"], ["1"]]),
+        ("Assistant 1 <= Assistant 2", [["2"], ["1"]]),
+        ("Assistant 2 ≥ Assistant 1", [["2"], ["1"]]),
+        ("First Assistant 1 > Assistant 2. No: Assistant 1 =< Assistant 2", [["2"], ["1"]]),
+        ("Assistant 1 = Assistant 2", [["1", "2"]]),
+    ],
+)
+def test_chains_in_other_signs(text, ranking):
+    assert read_reply("chain", text, shown=2).ranking == ranking
+
+
+def test_chains_of_several_signs():
+    text = "Assistant 1 > Assistant 4 >= Assistant 2 = Assistant 3"
+    assert read_reply("chain", text, shown=4).ranking == [["1"], ["4"], ["2", "3"]]
+    text = "Assistant 3 = Assistant 2 =< Assistant 4 < Assistant 1"
+    assert read_reply("chain", text, shown=4).ranking == [["1"], ["4"], ["2", "3"]]
+    both_ways = "Assistant 1 > Assistant 2 < Assistant 3"
+    assert read_reply("chain", both_ways, shown=3).outcome == "unparsed"
+
+
 def test_reason_reads_only_an_outright_statement():
     assert read_reply("reason", "Response 2 is better because it is short.").label == "2"
     for unread in (
@@ -116,7 +140,7 @@ def test_recorded_replies(shared_data: Path, root: Path):
             row = bench.check(json.loads(line), {})
             if not row.checkable:
                 agreed.setdefault(row.source, []).append(row.read == row.stored)
-    floors = {"llmzoo_ranking": 0.95, "arena_bench_single": 0.96, "fastchat_table": 0.99}
+    floors = {"llmzoo_ranking": 0.98, "arena_bench_single": 0.96, "fastchat_table": 0.99}
     for source, results in agreed.items():
         assert sum(results) / len(results) >= floors.get(source, 1.0), source
     assert sum(map(len, agreed.values())) > 1500
