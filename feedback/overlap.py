@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,7 @@ NGRAM = 13
 # Shorter prompts than this are too common ("hello") for a shared wording to mean anything.
 _MIN_WORDS = 5
 _HASH_CHARACTERS = 16
+_NOT_LETTERS = re.compile(r"[\W_]")
 
 
 class Hit(NamedTuple):
@@ -77,18 +79,12 @@ def _hash(text: str) -> str:
 
 def _hashes(prompt: str) -> Iterator[tuple[Literal["exact", "ngram"], str]]:
     """Yield the hash of the whole prompt and of each run of ``NGRAM`` words in it."""
-    words = normalise_text("".join(_letters(prompt))).split()
+    words = normalise_text(_NOT_LETTERS.sub(" ", prompt)).split()
     if len(words) < _MIN_WORDS:
         return
     yield "exact", _hash(" ".join(words))
     for start in range(len(words) - NGRAM + 1):
         yield "ngram", _hash(" ".join(words[start : start + NGRAM]))
-
-
-def _letters(text: str) -> Iterator[str]:
-    """Yield letters and digits; everything else becomes a space."""
-    for character in text:
-        yield character if character.isalnum() else " "
 
 
 def shipped_sets() -> list[Path]:

@@ -64,6 +64,10 @@ _PLUGINS = (
     "twilio:TwilioKeyDetector",
 )
 
+# What every one of the patterns above needs: a long run of token characters, or one of these words.
+_LONG_RUN = re.compile(r"[\w\-/+=]{20}")
+_SECRET_WORDS = ("xox", "eyj", "private key", "_authtoken", "hooks.slack")
+
 
 class Span(NamedTuple):
     """Something found: its kind and its place in the text."""
@@ -121,6 +125,14 @@ def _secret_patterns() -> tuple[re.Pattern[str], ...]:
     return tuple(patterns)
 
 
+def _may_hold_secret(text: str) -> bool:
+    """Return False where no token pattern can match: most texts, in a tenth of the time."""
+    if _LONG_RUN.search(text):
+        return True
+    lower = text.lower()
+    return any(word in lower for word in _SECRET_WORDS)
+
+
 def find(text: str, region: str = "US") -> list[Span]:
     """Return what must not leave, in order of place; spans do not overlap.
 
@@ -138,9 +150,10 @@ def find(text: str, region: str = "US") -> list[Span]:
 
 
 def _find_all(text: str, region: str) -> Iterator[Span]:
-    for pattern in _secret_patterns():
-        for found in pattern.finditer(text):
-            yield Span("secret", found.start(), found.end())
+    if _may_hold_secret(text):
+        for pattern in _secret_patterns():
+            for found in pattern.finditer(text):
+                yield Span("secret", found.start(), found.end())
     if "://" in text:
         for found in _ENDPOINT.finditer(text):
             yield Span("endpoint", found.start(), found.end())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from feedback.errors import InputError
-from feedback.scan import find, redact, scan
+from feedback.scan import _may_hold_secret, _secret_patterns, find, redact, scan
 
 # Put together at run time, so that no scanner takes this file for a leak.
 FOUND = {
@@ -72,3 +74,10 @@ def test_report_counts_rows_and_masks_what_it_shows() -> None:
 def test_overlapping_findings_count_once() -> None:
     text = "https://jane:pw@mail.example.org"
     assert [span.kind for span in find(text)] == ["endpoint"]
+
+
+@settings(max_examples=100)
+@given(st.sampled_from(_secret_patterns()).flatmap(st.from_regex))
+def test_no_token_slips_past_the_first_look(text: str) -> None:
+    """Whatever a detector's pattern matches is looked at, of this and any later release."""
+    assert _may_hold_secret(text)
