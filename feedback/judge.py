@@ -136,6 +136,8 @@ class Judge:
     """The rubric's criteria, where a rating is about them one by one or all in one object."""
     member: int | None = None
     """Number in a panel or cascade; None outside of one."""
+    turn: int = 0
+    """Grows when questions are asked again for another answer; sampled replies get other seeds."""
 
     @property
     def reply_tokens(self) -> int:
@@ -191,13 +193,14 @@ class Judge:
         verdict_id = verdict_id or self.verdict_id(question)
         messages, flags = self._messages(question)
         sampled = self.temperature > 0
+        seed = (self.seed, self.turn) if self.turn else (self.seed,)
         call = JudgeCall(
             call_id=verdict_id,
             messages=messages,
             choices=self.template.choices if self.reads_choices else None,
             max_tokens=self.reply_tokens,
             temperature=self.temperature,
-            seed=int(content_id(self.seed, verdict_id, length=7), 16) if sampled else None,
+            seed=int(content_id(*seed, verdict_id, length=7), 16) if sampled else None,
             schema=reply_schema(
                 self.template, shown=len(question.shown), criteria=tuple(self._all_criteria)
             )

@@ -63,6 +63,9 @@ class JudgeOptions:
     cache: str = "auto"
     """File of earlier replies; auto: replies.sqlite beside --out for engines that are paid for,
     none for engines in this process; none: no cache."""
+    ask_again: tuple[Literal["unparsed", "truncated", "refused"], ...] = ()
+    """Outcomes of earlier runs in --out that are asked once more; the old answers are kept in
+    replaced.jsonl. Calls that failed are asked again in any case."""
     prices: Path | None = None
     """Price table; None: prompts/prices.toml."""
     max_cost: float | None = None
@@ -91,5 +94,11 @@ class JudgeOptions:
             raise RecipeError(f"min_mass is {self.min_mass}; it must be in [0, 1)")
         if self.temperature < 0:
             raise RecipeError(f"temperature is {self.temperature}; it must be at least 0")
+        local = self.engine.backend in ("transformers", "vllm", "replay")
+        if self.ask_again and (self.engine.backend == "replay" or (local and not self.temperature)):
+            raise RecipeError(
+                f"ask_again does nothing here: {self.engine.backend} at temperature "
+                f"{self.temperature:g} gives the same answer to the same question"
+            )
         if self.panel is not None and self.cascade is not None:
             raise RecipeError("a recipe has [judge.panel] or [judge.cascade], not both")

@@ -224,6 +224,8 @@ def _label(options: JudgeOptions, passes: Sequence[_Pass], work: Work) -> None:
                     )
                     closing.callback(run.close)
                     claim_folder(options.out, record)
+                    if options.ask_again:
+                        run.ask_again(options.ask_again)
                     closing.enter_context(bar)
                 else:
                     budget.price = price_of(member.options)

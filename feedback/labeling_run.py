@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,13 +15,15 @@ from feedback.backends import Backend, JudgeCall
 from feedback.budget import Budget
 from feedback.cache import ReplyCache
 from feedback.judge import Asked, Judge, Question
-from feedback.progress import ProgressBar
+from feedback.progress import ProgressBar, say
 from feedback.records import Usage, Verdict, encode
 from feedback.run_folder import claim_folder
 from feedback.shards import ShardWriter, writing
 from feedback.verdict_index import FAILED, VerdictIndex
 
-__all__ = ["LabelingRun", "RunTotals", "claim_folder"]
+__all__ = ["REPLACED", "LabelingRun", "RunTotals", "claim_folder"]
+
+REPLACED = "replaced.jsonl"
 
 
 @dataclass(slots=True)
@@ -95,7 +98,8 @@ class LabelingRun:
         budget: Budget,
         cache: ReplyCache | None = None,
     ):
-        self.judge = judge
+        # What was taken out to be asked again gets other seeds, in whichever run that happens.
+        self.judge = dataclasses.replace(judge, turn=_lines(folder / REPLACED))
         self.backend = backend
         self.budget = budget
         self.cache = cache
@@ -103,6 +107,7 @@ class LabelingRun:
         self.listener: Callable[[Verdict], None] | None = None
         """Told of each verdict of this run, once it is written."""
         self._open: dict[str, Asked] = {}
+        self._unwanted: frozenset[str] = frozenset()
         self.writer = ShardWriter[Verdict](folder, "verdicts")
         try:
             self._index = VerdictIndex(folder)
@@ -112,9 +117,23 @@ class LabelingRun:
             self.writer.close()
             raise
 
+    def ask_again(self, outcomes: Sequence[str]) -> None:
+        """Take verdicts with these outcomes out of the folder, so that they are asked once more.
+
+        Their rows stay in ``replaced.jsonl``. Sampled replies get seeds that were not tried yet.
+        """
+        replaced = self.writer.folder / REPLACED
+        self._index.close()
+        moved = self.writer.drop(lambda verdict: verdict.outcome in outcomes, into=replaced)
+        self._index = VerdictIndex(self.writer.folder)
+        self._unwanted = frozenset(outcomes)
+        self.judge = dataclasses.replace(self.judge, turn=_lines(replaced))
+        say(f"{moved} verdicts are asked again ({', '.join(outcomes)})")
+
     def use(self, judge: Judge, backend: Backend, cache: ReplyCache | None) -> None:
         """Go on with another judge: what it is asked next is written to the same folder."""
-        self.judge, self.backend, self.cache = judge, backend, cache
+        self.judge = dataclasses.replace(judge, turn=self.judge.turn)
+        self.backend, self.cache = backend, cache
         self.listener = None
 
     def known(self, prompt_id: str) -> list[Verdict]:
@@ -162,7 +181,8 @@ class LabelingRun:
             if self.cache is not None:
                 reply = self.cache.get(asked.call, repeat=question.repeat)
                 verdict = None if reply is None else self.judge.read(asked, reply, cached=True)
-                if verdict is not None and verdict.outcome != "failed":
+                unwanted = {"failed", *self._unwanted}
+                if verdict is not None and verdict.outcome not in unwanted:
                     self._keep(verdict)
                     continue
             if not self.budget.admit(asked.call):
@@ -212,3 +232,10 @@ class LabelingRun:
             closing.callback(self._index.close)
             with writing(self.writer.folder / FAILED):
                 self._failed.close()
+
+
+def _lines(path: Path) -> int:
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        return sum(1 for _ in file)

@@ -286,6 +286,29 @@ class ShardWriter(Generic[Record]):
         self._rows = 0
         self._open_file()
 
+    def drop(self, unwanted: Callable[[Record], bool], *, into: Path) -> int:
+        """Move rows out of the folder's shards, into a JSONL file that only grows; count them.
+
+        Each shard is replaced as a whole, after its rows stand in ``into``: a crash leaves a row in
+        one of the two, or in both.
+        """
+        self._file.close()
+        moved = 0
+        for path in shard_paths(self.folder, self.kind):
+            rows: Iterator[Record] = read_jsonl(path, KINDS[self.kind])
+            gone = [row for row in rows if unwanted(row)]
+            if not gone:
+                continue
+            moved += len(gone)
+            with writing(into), into.open("ab") as file:
+                file.writelines(encode(row) + b"\n" for row in gone)
+                file.flush()
+                os.fsync(file.fileno())
+            rows = read_jsonl(path, KINDS[self.kind])
+            _replace_rows(path, (row for row in rows if not unwanted(row)))
+        self._open_last()
+        return moved
+
     def finish(self, info: dict[str, Any], *, count: Callable[[Record], str] | None = None) -> Path:
         """Write the manifest, which makes the folder complete, and close it.
 
@@ -351,6 +374,15 @@ class ShardWriter(Generic[Record]):
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _replace_rows(path: Path, rows: Iterable[object]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path), temporary.open("wb") as file:
+        file.writelines(encode(row) + b"\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def _cut_torn_line(path: Path) -> int:
