@@ -10,10 +10,13 @@ leaving it out.
 * ``llama-factory``: ShareGPT ranking rows and the ``dataset_info.json`` entry
 * ``axolotl``: ``chat_template.default`` preference rows and the YAML that names their fields
 * ``argilla``: records with the judge's label as a suggestion for people to review
+
+``benchmarks/export_readers.py`` reads each form back by its project's own loader.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -29,6 +32,7 @@ __all__ = ["ExportOptions", "argilla_record", "axolotl_row", "export", "llama_fa
            "message_row", "run"]  # fmt: skip
 
 Form = Literal["trl", "openrlhf", "llama-factory", "axolotl", "argilla"]
+_ASKS = ("user", "tool")
 _SHAREGPT = {"user": "human", "assistant": "gpt", "system": "system", "tool": "observation"}
 
 
@@ -51,7 +55,8 @@ class ExportOptions:
     min_p: float = 0.5
     """Leave out rows whose p_chosen is below this: none of these forms carries the doubt on."""
     margin: bool = False
-    """trl: write the margin column, which TRL's RewardTrainer takes off the reward difference."""
+    """trl, openrlhf: write the margin column, which their reward trainers take off the reward
+    difference."""
 
 
 def run(options: ExportOptions) -> None:
@@ -75,26 +80,33 @@ def message_row(row: Preference, *, margin: bool = False) -> dict[str, Any]:
     return exported | ({"margin": row.margin} if margin else {})
 
 
-def openrlhf_row(row: Preference) -> dict[str, Any]:
+def openrlhf_row(row: Preference, *, margin: bool = False) -> dict[str, Any]:
     """Return a row with message lists throughout."""
-    return {
+    exported: dict[str, Any] = {
         "prompt": prompt_messages(row.prompt),
         "chosen": [_answer(row.chosen)],
         "rejected": [_answer(row.rejected)],
     }
+    return exported | ({"margin": row.margin} if margin else {})
 
 
 def llama_factory_row(row: Preference) -> dict[str, Any]:
     """Return a ShareGPT ranking row; a leading system message has a column of its own.
 
     Raises:
-        InputError: the prompt does not end with a user turn, which ShareGPT rows must.
+        InputError: user and assistant do not take turns, beginning and ending with the user;
+            LLaMA-Factory would skip such a row.
     """
     messages = prompt_messages(row.prompt)
     system = messages[0]["content"] if messages[0]["role"] == "system" else ""
-    turns = messages[1:] if system else messages
-    if not turns or turns[-1]["role"] not in ("user", "tool"):
+    turns = messages[1:] if messages[0]["role"] == "system" else messages
+    if not turns or turns[-1]["role"] not in _ASKS:
         raise InputError(f"prompt {row.prompt_id!r} does not end with a user turn")
+    if any((turn["role"] in _ASKS) != (place % 2 == 0) for place, turn in enumerate(turns)):
+        raise InputError(
+            f"in prompt {row.prompt_id!r} user and assistant do not take turns, which this form "
+            "demands; leave it out with rlaif merge --where"
+        )
     return {
         "conversations": [_sharegpt(turn) for turn in turns],
         "chosen": _sharegpt(_answer(row.chosen)),
@@ -152,8 +164,8 @@ def _sharegpt(turn: Message) -> dict[str, str]:
     return {"from": _SHAREGPT.get(turn["role"], turn["role"]), "value": turn["content"]}
 
 
+_FORMS: dict[type, str] = {str: "text", list: "messages"}
 _ROWS: dict[str, Callable[[Preference], dict[str, Any]]] = {
-    "openrlhf": openrlhf_row,
     "llama-factory": llama_factory_row,
     "axolotl": axolotl_row,
     "argilla": argilla_record,
@@ -183,6 +195,7 @@ def export(options: ExportOptions) -> tuple[Path, Counter[str]]:
 
 
 def _rows(options: ExportOptions, counts: Counter[str]) -> Iterator[dict[str, Any]]:
+    form: type | None = None
     for row in read_rows(options.preferences, Preference):
         if row.tie and options.ties == "drop" and options.form != "argilla":
             counts["ties left out"] += 1
@@ -195,18 +208,38 @@ def _rows(options: ExportOptions, counts: Counter[str]) -> Iterator[dict[str, An
             counts["weights lost"] += row.weight != 1
         counts["written"] += 1
         if options.form == "trl":
+            form = form or type(row.prompt)
+            if not isinstance(row.prompt, form):
+                raise InputError(
+                    f"prompt {row.prompt_id!r} is {_FORMS[type(row.prompt)]} while others are "
+                    f"{_FORMS[form]}, and a column has one type; use --form openrlhf, which writes "
+                    "messages throughout"
+                )
             yield message_row(row, margin=options.margin)
+        elif options.form == "openrlhf":
+            yield openrlhf_row(row, margin=options.margin)
         else:
             yield _ROWS[options.form](row)
 
 
 def _write_lines(path: Path, rows: Iterator[dict[str, Any]]) -> None:
     """Write JSONL so that the file is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with _whole(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    temporary.replace(path)
+        if not file.tell():
+            raise InputError("no row is left to write", path=path)
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """Yield where to write; the file takes its name at the end, and is gone after a failure."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _write_parquet(path: Path, rows: Iterator[dict[str, Any]], batch: int = 10_000) -> None:
@@ -215,17 +248,16 @@ def _write_parquet(path: Path, rows: Iterator[dict[str, Any]], batch: int = 10_0
     import pyarrow as pa
     from pyarrow import parquet
 
-    temporary = path.with_name(f".{path.name}.tmp")
-    writer: Any = None
-    while block := list(itertools.islice(rows, batch)):
-        table = pa.Table.from_pylist(block, schema=None if writer is None else writer.schema)
+    with _whole(path) as temporary, contextlib.ExitStack() as stack:
+        writer: Any = None
+        while block := list(itertools.islice(rows, batch)):
+            table = pa.Table.from_pylist(block, schema=None if writer is None else writer.schema)
+            if writer is None:
+                writer = parquet.ParquetWriter(temporary, table.schema, compression="zstd")
+                stack.enter_context(writer)
+            writer.write_table(table)
         if writer is None:
-            writer = parquet.ParquetWriter(temporary, table.schema, compression="zstd")
-        writer.write_table(table)
-    if writer is None:
-        raise InputError("no row is left to write", path=path)
-    writer.close()
-    temporary.replace(path)
+            raise InputError("no row is left to write", path=path)
 
 
 def _register(options: ExportOptions) -> None:

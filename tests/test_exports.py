@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +112,90 @@ def test_argilla_records_hide_the_label_in_the_order() -> None:
         if value != "tie":
             chosen = row.chosen[0]["content"]  # type: ignore[index]
             assert record["fields"][value] == chosen
+
+
+def test_argilla_reads_its_own_records(preferences: Path, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        # argilla 2.8 has class-based pydantic settings.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import argilla
+
+    path, counts = export(
+        ExportOptions(preferences=preferences, out=tmp_path / "out", form="argilla")
+    )
+    assert counts == {"written": 6}
+    for row, line in zip(ROWS, path.read_text().splitlines(), strict=True):
+        # The schema that the server is sent; both refuse fields that they do not know.
+        record = argilla.Record.from_dict(json.loads(line)).api_model()
+        turns = [{"role": turn.role, "content": turn.content} for turn in record.fields["prompt"]]
+        assert turns == row.prompt
+        (suggestion,) = record.suggestions
+        assert suggestion.value in ("response_1", "response_2", "tie")
+        assert (suggestion.score, suggestion.agent) == (row.p_chosen, "some-judge")
+        assert {entry.name for entry in record.metadata} == {"prompt_id", "p_chosen", "weight"}
+
+
+@pytest.fixture(scope="module")
+def export_readers(root: Path) -> Any:
+    """The benchmark that installs the other trainers and lets them read."""
+    path = root / "benchmarks" / "export_readers.py"
+    spec = importlib.util.spec_from_file_location("export_readers", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("reader", ["openrlhf", "llamafactory", "axolotl"])
+def test_other_trainers_read_theirs(reader: str, tmp_path: Path, export_readers: Any) -> None:
+    """benchmarks/export_readers.py does the same on any machine, and keeps the result."""
+    reason = f"{reader} pins other releases than ours; benchmarks/export_readers.py installs it"
+    pytest.importorskip(reader, reason=reason)
+    folder = export_readers.write_exports(tmp_path, export_readers.PEERS[reader].form)
+    read = export_readers.READERS[reader](folder)
+    assert len(read) == len(export_readers.sample_rows())
+    assert all(map(export_readers.same, export_readers.sample_rows(), read))
+
+
+def test_the_comparison_of_reader_and_rows_can_fail(export_readers: Any) -> None:
+    row, same, read = export_readers.sample_rows()[0], export_readers.same, export_readers.Read
+    sound = read("user: Question 0?", "A good answer, 0.\nEnd<eos>", "No <b>0</b>")
+    assert same(row, sound)
+    assert not same(row, sound._replace(prompt="user: Question"))
+    assert not same(row, read(sound.prompt, sound.rejected, sound.chosen))
+
+
+def test_margins_for_openrlhf(preferences: Path, tmp_path: Path) -> None:
+    options = ExportOptions(preferences=preferences, out=tmp_path, form="openrlhf", margin=True)
+    assert load(export(options)[0])[0]["margin"] == 0.6
+
+
+def write(folder: Path, rows: list[Preference]) -> Path:
+    with ShardWriter[Preference](folder, "preferences") as writer:
+        for row in rows:
+            writer.append(row)
+        writer.finish({})
+    return folder
+
+
+def test_rows_that_another_loader_would_skip_are_refused(tmp_path: Path) -> None:
+    """LLaMA-Factory leaves out, with a warning, rows whose turns do not alternate."""
+    twice = replace(ROWS[0], prompt=[{"role": "user", "content": text} for text in "ab"])
+    source = write(tmp_path / "p", [replace(twice, prompt_id="odd", prompt=twice.prompt * 2)])
+    options = ExportOptions(preferences=source, out=tmp_path / "out", form="llama-factory")
+    with pytest.raises(InputError, match="'odd' user and assistant do not take turns"):
+        export(options)
+    assert not list((tmp_path / "out").iterdir()), "half a file was left behind"
+
+
+@pytest.mark.parametrize("file", ["jsonl", "parquet"])
+def test_text_and_messages_do_not_share_a_column(tmp_path: Path, file: Any) -> None:
+    text = replace(ROWS[0], prompt="q", chosen="a", rejected="b", prompt_id="plain")
+    source = write(tmp_path / "p", [ROWS[1], text])
+    with pytest.raises(InputError, match="'plain' is text while others are messages"):
+        export(ExportOptions(preferences=source, out=tmp_path / "out", file=file))
+    with pytest.raises(InputError, match="no row is left"):
+        export(ExportOptions(preferences=source, out=tmp_path / "out", file=file, min_p=1.0))
 
 
 def test_what_a_form_cannot_hold_is_an_error(preferences: Path, tmp_path: Path) -> None:
