@@ -101,6 +101,11 @@ COMMANDS: dict[str, Command] = {
         "feedback.exports:run",
         "preferences in the form of TRL, OpenRLHF, LLaMA-Factory, Axolotl or Argilla",
     ),
+    "publish": Command(
+        "feedback.publish:PublishOptions",
+        "train.publish:run",
+        "labels or a trained model -> the Hub or a folder, with a card, scanned before it leaves",
+    ),
     "merge": Command(
         "feedback.merge:MergeOptions",
         "feedback.merge:run",
