@@ -2,8 +2,9 @@
 
 Arms are compared with the baseline on the pairs that both answered. A verdict that is a tie counts
 one half. With one look the decision rests on exact McNemar (on sign flips by prompt where several
-pairs share a prompt), adjusted by Holm over the arms, and on the interval of the difference; with
-several looks on an e-process and a confidence sequence, which hold at every look at once.
+pairs share a prompt or a verdict is a tie), adjusted by Holm over the arms, and on the interval of
+the difference; with several looks on an e-process and a confidence sequence, which hold at every
+look at once.
 
 This module knows nothing of engines or files.
 """
@@ -13,12 +14,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from feedback.intervals import Estimate, Resampler, group_sums, mean
+from feedback.intervals import LEVEL, Estimate, Resampler, group_sums, mean
 from feedback.paired import (
     Discordance,
     approximate_items,
@@ -33,6 +34,11 @@ __all__ = ["Comparison", "Conclusion", "compare_arms", "more_pairs"]
 
 Floats = npt.NDArray[np.float64]
 Conclusion = Literal["better", "worse", "equivalent", "undecided"]
+# How far ahead 'need n more' looks, in multiples of the prompts at hand.
+_AHEAD = 64
+_EXACT = "exact McNemar"
+_FLIPS = "sign flips by prompt"
+_ANYTIME = "e-process on the sign of each prompt's difference"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +61,8 @@ class Comparison:
     always: tuple[float, float] | None = None
     """Bounds on the difference per prompt that hold at every look at once."""
     need_more: int | None = None
-    """Gold pairs still needed for a decision; None where there is one."""
+    """Gold pairs still needed for a decision if they are like those so far; None where there is a
+    decision, or where no number at hand would bring one."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a JSON-ready dict."""
@@ -92,54 +99,71 @@ def compare_arms(
         replicates: resamples behind the interval of each difference.
         seed: of resamples.
     """
-    others = range(1, len(names))
-    answered = [np.isfinite(scores[:, 0]) & np.isfinite(scores[:, arm]) for arm in others]
-    differences = [
-        scores[rows, arm] - scores[rows, 0] for arm, rows in zip(others, answered, strict=True)
-    ]
-    counts = [
-        discordance(scores[rows, 0], scores[rows, arm])
-        for arm, rows in zip(others, answered, strict=True)
-    ]
-    grouped = [len(np.unique(prompts[rows])) < int(rows.sum()) for rows in answered]
+    arms = [_paired(scores[:, 0], scores[:, arm], prompts) for arm in range(1, len(names))]
     p_values = [
-        sign_flip_test(change, prompts[rows], seed=seed) if shared else mcnemar(count)
-        for change, rows, shared, count in zip(differences, answered, grouped, counts, strict=True)
+        mcnemar(arm.counts) if arm.plain else sign_flip_test(arm.change, arm.prompts, seed=seed)
+        for arm in arms
     ]
-    adjusted = holm(p_values)
     resampler = Resampler(prompts, replicates=replicates, seed=seed)
+    # Holm's first step; what is still needed is asked of every arm at this level.
+    level = alpha / max(len(arms), 1)
     found = []
-    for place, arm in enumerate(others):
-        change, rows = differences[place], answered[place]
-        estimate = mean(resampler, prompts[rows], change)
-        test = "sign flips by prompt" if grouped[place] else "exact McNemar"
-        e_value, always = None, None
-        if sequential:
-            test = "e-process on the sign of each prompt's difference"
-            e_value, always = _anytime(change, prompts[rows], alpha / len(others))
-            conclusion = _decide_anytime(change, e_value, always, margin, len(others) / alpha)
+    for name, arm, p_value, p_adjusted in zip(
+        names[1:], arms, p_values, holm(p_values), strict=True
+    ):
+        estimate = _difference(arm, resampler)
+        looks = _anytime(arm.change, arm.prompts, margin, level) if sequential else None
+        if looks is not None:
+            conclusion, need = looks.conclusion, looks.need_more
         else:
-            near = _within(change, prompts[rows], margin, alpha)
-            conclusion = _decide(estimate, adjusted[place], near, alpha)
-        need = None
-        if conclusion == "undecided":
-            need = more_pairs(counts[place], margin=margin, alpha=alpha, power=power)
+            near = _within(arm.change, arm.prompts, margin, alpha)
+            conclusion = _decide(estimate, p_adjusted, near, alpha)
+            need = more_pairs(arm.counts, margin=margin, alpha=level, power=power)
         found.append(
             Comparison(
-                arm=names[arm],
+                arm=name,
                 baseline=names[0],
                 conclusion=conclusion,
                 difference=estimate,
-                counts=counts[place],
-                test=test,
-                p_value=p_values[place],
-                p_adjusted=adjusted[place],
-                e_value=e_value,
-                always=always,
-                need_more=need,
+                counts=arm.counts,
+                test=_ANYTIME if looks is not None else _EXACT if arm.plain else _FLIPS,
+                p_value=p_value,
+                p_adjusted=p_adjusted,
+                e_value=None if looks is None else looks.e_value,
+                always=None if looks is None else looks.bounds,
+                need_more=need if conclusion == "undecided" else None,
             )
         )
     return found
+
+
+class _Paired(NamedTuple):
+    """An arm and the baseline on the pairs that both answered."""
+
+    change: Floats
+    """Score of the arm less that of the baseline, (n,)."""
+    prompts: npt.NDArray[np.int64]
+    counts: Discordance
+    plain: bool
+    """One pair per prompt and no tie: what McNemar's table takes. Half points have no place there;
+    sign flips take them at their size."""
+
+
+def _paired(base: Floats, arm: Floats, prompts: npt.NDArray[np.int64]) -> _Paired:
+    rows = np.isfinite(base) & np.isfinite(arm)
+    change, groups = arm[rows] - base[rows], prompts[rows]
+    plain = len(np.unique(groups)) == len(groups) and not np.any(np.abs(change) == 0.5)
+    return _Paired(change, groups, discordance(base[rows], arm[rows]), plain)
+
+
+def _difference(arm: _Paired, resampler: Resampler) -> Estimate:
+    """Return the mean difference; where nothing differs, with the bound on what was missed."""
+    if not len(arm.change) or np.any(arm.change):
+        return mean(resampler, arm.prompts, arm.change)
+    count = len(np.unique(arm.prompts))
+    reach = 1 - ((1 - LEVEL) / 2) ** (1 / count)
+    words = "exact bound on the share of prompts that differ and were not met"
+    return Estimate(0.0, -reach, reach, len(arm.change), count, words)
 
 
 def _decide(estimate: Estimate, p_adjusted: float, near: bool, alpha: float) -> Conclusion:
@@ -172,27 +196,45 @@ def _within(change: Floats, prompts: npt.NDArray[np.int64], margin: float, alpha
     return -margin < value - reach and value + reach < margin
 
 
-def _anytime(
-    change: Floats, prompts: npt.NDArray[np.int64], alpha: float
-) -> tuple[float, tuple[float, float]]:
-    """Return the e-value and the bounds over prompts, in the order in which prompts came."""
+class _Looks(NamedTuple):
+    """What tests that hold at every look say at the last one."""
+
+    conclusion: Conclusion
+    e_value: float
+    bounds: tuple[float, float]
+    """Of the mean difference per prompt."""
+    need_more: int | None
+
+
+def _anytime(change: Floats, prompts: npt.NDArray[np.int64], margin: float, alpha: float) -> _Looks:
+    """Decide over prompts, in the order in which they came.
+
+    What is still needed is read off by letting the prompts so far come again and again.
+    """
     if not len(change):
-        return 1.0, (-1.0, 1.0)
+        return _Looks("undecided", 1.0, (-1.0, 1.0), None)
     _, first = np.unique(prompts, return_index=True)
     sums = group_sums(prompts, change, np.ones(len(change)))[np.argsort(first)]
     per_prompt = sums[:, 0] / sums[:, 1]
-    log_e = float(sign_e_process(per_prompt)[-1])
+    count = len(per_prompt)
+    ahead = np.tile(per_prompt, _AHEAD)
+    log_e = sign_e_process(ahead)
     # Two one-sided statements about equivalence at alpha are one two-sided bound at 2 alpha.
-    looks = confidence_sequence(per_prompt, alpha=min(2 * alpha, 0.5))
-    return math.exp(min(log_e, 700.0)), (float(looks.low[-1]), float(looks.high[-1]))
-
-
-def _decide_anytime(
-    change: Floats, e_value: float, bounds: tuple[float, float], margin: float, needed: float
-) -> Conclusion:
-    if e_value >= needed:
-        return "better" if change.sum() > 0 else "worse"
-    return "equivalent" if -margin < bounds[0] and bounds[1] < margin else "undecided"
+    looks = confidence_sequence(ahead, alpha=min(2 * alpha, 0.5))
+    direction = float(np.sign(np.sign(per_prompt).sum()))
+    # The e-process counts signs; where their sizes say the opposite, neither is concluded.
+    differs = (log_e >= -math.log(alpha)) & (direction * change.sum() > 0)
+    # Bounds that cross say that the prompts' order was not random; nothing follows from them.
+    near = (-margin < looks.low) & (looks.high < margin) & (looks.low <= looks.high)
+    bounds = (float(looks.low[count - 1]), float(looks.high[count - 1]))
+    conclusion: Conclusion = "undecided"
+    if differs[count - 1]:
+        conclusion = "better" if direction > 0 else "worse"
+    elif near[count - 1]:
+        conclusion = "equivalent"
+    later = np.flatnonzero((differs | near)[count:])
+    need = math.ceil((int(later[0]) + 1) * len(change) / count) if len(later) else None
+    return _Looks(conclusion, math.exp(min(float(log_e[count - 1]), 700.0)), bounds, need)
 
 
 def more_pairs(counts: Discordance, *, margin: float, alpha: float, power: float) -> int | None:

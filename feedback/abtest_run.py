@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import math
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from feedback.abtest import AbtestOptions
 from feedback.abtest_arms import Arm, GoldItem, arm_names, arm_pairs, gold_items, open_arms
 from feedback.abtest_decisions import Comparison, compare_arms
 from feedback.abtest_figures import ArmFigures, arm_figures, arm_scores
+from feedback.config import recipe_of
 from feedback.errors import InputError
 from feedback.paired import mcnemar_power, needed_items
 from feedback.progress import say
@@ -86,13 +86,14 @@ def _normal(prompt: Any) -> str:
 
 def _plan_lines(options: AbtestOptions, pairs: int, arms: int) -> list[str]:
     """Return what the pairs at hand can show, and what the margin needs."""
-    alpha = options.alpha / max(arms - 1, 1)
+    pairs, compared = _reach(options, pairs, arms)
+    alpha = options.alpha / max(compared - 1, 1)
     rate, margin = options.expected_rate, options.margin
     need = needed_items(rate=rate, difference=margin, alpha=alpha, power=options.power)
     reached = mcnemar_power(pairs, rate=rate, difference=margin, alpha=alpha)
     lines = [
-        f"{pairs:,} gold pairs with a winner, {arms} arms; if exactly one of two arms is right on "
-        f"{rate:.0%} of pairs, a difference of {margin:.1%} is found with probability "
+        f"{pairs:,} gold pairs to compare {compared} arms on; if exactly one of two arms is right "
+        f"on {rate:.0%} of pairs, a difference of {margin:.1%} is found with probability "
         f"{reached:.0%}; {options.power:.0%} needs {need:,} pairs",
     ]
     if options.plan:
@@ -108,6 +109,17 @@ def _plan_lines(options: AbtestOptions, pairs: int, arms: int) -> list[str]:
             "(rlaif annotate) or a wider --margin would change that"
         )
     return lines
+
+
+def _reach(options: AbtestOptions, pairs: int, arms: int) -> tuple[int, int]:
+    """Return how many pairs the comparison will have at most, and how many arms."""
+    halving = options.halving and arms > 2
+    compared = 2 if halving else arms
+    pairs = pairs - pairs // 2 if halving else pairs
+    if options.max_calls is not None:
+        calls = options.max_calls - options.max_calls // 2 if halving else options.max_calls
+        pairs = min(pairs, max(calls // (2 * compared), 1))
+    return pairs, compared
 
 
 def _ask(
@@ -227,7 +239,7 @@ def _write(options: AbtestOptions, result: Result) -> None:
             "arms": [figures.to_dict() for figures in result.figures],
             "comparisons": [comparison.to_dict() for comparison in result.comparisons],
             "notes": result.notes,
-            "recipe": _plain(dataclasses.asdict(options)),
+            "recipe": recipe_of(options),
             "versions": package_versions(),
         },
     )
@@ -240,7 +252,11 @@ def _write(options: AbtestOptions, result: Result) -> None:
 
 
 def _sentence(found: Comparison) -> str:
-    need = "" if found.need_more is None else f"; needs about {found.need_more:,} more pairs"
+    need = ""
+    if found.conclusion == "undecided":
+        need = "; how many more pairs it needs cannot be told from these"
+    if found.need_more is not None:
+        need = f"; needs about {found.need_more:,} more pairs like these"
     evidence = f"p = {found.p_adjusted:.3g} ({found.test}, Holm)"
     if found.e_value is not None:
         evidence = f"e = {found.e_value:.3g} ({found.test})"
@@ -249,11 +265,3 @@ def _sentence(found: Comparison) -> str:
         f"{found.difference}, right alone {found.counts.only_second} against "
         f"{found.counts.only_first}, {evidence}"
     )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return value if isinstance(value, str | int | float | bool | None) else str(value)

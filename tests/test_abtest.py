@@ -11,7 +11,7 @@ import pytest
 
 from feedback.abtest import AbtestOptions, ArmOptions
 from feedback.abtest_run import abtest
-from feedback.config import EngineOptions
+from feedback.config import EngineOptions, build_options, recipe_table
 from feedback.errors import InputError, RecipeError
 from feedback.records import Candidates, Completion, GoldPair, Preference, encode
 
@@ -75,6 +75,28 @@ def test_two_templates_are_compared_and_written(
     assert (options.out / "arms" / "pairwise" / "verdicts-00000.jsonl").read_bytes() == before
 
 
+def test_the_default_recipe_runs_as_it_stands(root: Path, tmp_path: Path) -> None:
+    """``make abtest`` on a fresh clone, cut to 20 pairs."""
+    path = root / "recipes" / "abtest.toml"
+    given = build_options(AbtestOptions, recipe_table(path, "abtest"), path=path)
+    for source in (given.candidates, given.gold, *given.training):
+        assert (root / source).is_file(), source
+    result = abtest(
+        replace(
+            given,
+            candidates=root / given.candidates,
+            gold=root / given.gold,
+            training=tuple(root / source for source in given.training),
+            out=tmp_path / "out",
+            max_calls=200,
+        )
+    )
+    assert result is not None
+    assert len(result.names) == 5 and len(result.items) == 20
+    assert result.figures[0].accuracy.value is not None
+    assert result.figures[0].accuracy.value > 0.8
+
+
 def test_looks_and_halving(options: AbtestOptions) -> None:
     arms = (*options.arms, ArmOptions(template="pairwise-brief", engine=JUDGE))
     result = abtest(replace(options, arms=arms, halving=True, looks=2, out=options.out / "more"))
@@ -83,6 +105,29 @@ def test_looks_and_halving(options: AbtestOptions) -> None:
     assert any("halving" in note for note in result.notes)
     assert result.comparisons[0].e_value is not None
     assert len(result.items) <= 12
+
+
+def test_halving_keeps_to_its_calls(options: AbtestOptions) -> None:
+    arms = (*options.arms, ArmOptions(template="pairwise-brief", engine=JUDGE))
+    result = abtest(replace(options, arms=arms, halving=True, max_calls=60))
+    assert result is not None
+    asked = [
+        line
+        for path in (options.out / "arms").glob("*/verdicts-*.jsonl")
+        for line in path.read_text().splitlines()
+    ]
+    assert 40 <= len(asked) <= 60
+    # What chose the survivor takes no part in the comparison.
+    assert len(result.items) == 60 // 2 // 4
+
+
+def test_too_few_pairs_are_said_before_anything_is_asked(
+    options: AbtestOptions, capsys: pytest.CaptureFixture[str]
+) -> None:
+    abtest(replace(options, max_calls=8))
+    said = capsys.readouterr().out
+    assert "warning: with so few pairs the likely answer is 'undecided'" in said
+    assert "2 gold pairs to compare 2 arms on" in said and "80% needs" in said
 
 
 def test_plan_asks_nothing(options: AbtestOptions, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,6 +49,43 @@ def test_undecided_says_how_many_more() -> None:
     assert found.need_more is not None and found.need_more > 60
 
 
+def test_need_more_of_many_looks_is_what_then_decides() -> None:
+    """Equal arms: so many pairs like these, and the sequence does close; one less, it does not."""
+    scores = simulated(np.random.default_rng(1), 200, base=0.7, gain=0.0, differ=0.02)
+    found = conclude(scores, sequential=True)
+    assert found.conclusion == "undecided" and found.always is not None
+    need = found.need_more
+    assert need is not None and need > 20
+    enough = np.tile(scores, (64, 1))
+    assert conclude(enough[: 200 + need], sequential=True).conclusion != "undecided"
+    assert conclude(enough[: 200 + need - 1], sequential=True).conclusion == "undecided"
+
+
+def test_where_nothing_differs_the_interval_says_what_may_have_been_missed() -> None:
+    """0.025^(1/100) = 0.9638: with 3.6% of pairs differing, none among 100 is just possible."""
+    difference = conclude(np.ones((100, 2))).difference
+    assert difference.value == 0.0
+    assert difference.high == pytest.approx(0.0362, abs=1e-4) and difference.low == -difference.high
+
+
+def test_ties_by_the_judge_are_taken_at_their_size() -> None:
+    """60 halves won against 40 whole losses: more wins, but less accuracy; never 'better'."""
+    scores = np.array([[0.0, 0.5]] * 60 + [[1.0, 0.0]] * 40 + [[1.0, 1.0]] * 50)
+    found = conclude(scores)
+    assert found.test == "sign flips by prompt"
+    assert found.difference.value == pytest.approx((30 - 40) / 150)
+    assert found.conclusion == "undecided"
+    many = np.random.default_rng(6).permutation(np.tile(scores, (8, 1)))
+    assert conclude(many).conclusion == "worse"
+    assert conclude(many, sequential=True).conclusion == "undecided"
+
+
+def test_an_order_that_is_not_random_proves_nothing() -> None:
+    """Wins first, then losses: the bounds cross, which is no equivalence."""
+    scores = np.repeat([[0.0, 1.0], [1.0, 0.0]], 400, axis=0)
+    assert conclude(scores, sequential=True).conclusion == "undecided"
+
+
 def test_more_pairs_by_hand() -> None:
     """Rate 0.2, margin 0.05: 0.2 * ((1.645 + 1.2816) / 0.05)^2 = 685.2; no difference observed."""
     counts = Discordance(only_first=20, only_second=20, items=200)

@@ -33,7 +33,7 @@ _WORDS = {
     "better": "The arm is right more often than the baseline.",
     "worse": "The arm is right less often than the baseline.",
     "equivalent": "The difference lies within the margin that does not matter.",
-    "undecided": "Too few pairs to tell.",
+    "undecided": "These pairs do not tell.",
 }
 _STATES = {"better": "ok", "worse": "fail", "equivalent": "ok", "undecided": "unclear"}
 _FIGURES = (
@@ -75,7 +75,9 @@ def _conclusion_table(comparisons: list[Comparison]) -> Markup:
         evidence = f"p = {found.p_adjusted:.3g}"
         if found.e_value is not None:
             evidence = f"e = {found.e_value:.3g}"
-        need = "" if found.need_more is None else f" About {found.need_more:,} more pairs needed."
+        need = ""
+        if found.need_more is not None:
+            need = f" About {found.need_more:,} more pairs like these would."
         rows.append(
             [
                 found.arm,
