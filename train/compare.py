@@ -46,7 +46,7 @@ from train.models import resolve_device
 from train.pipeline import PipelineOptions
 from train.pipeline import run as run_pipeline
 
-__all__ = ["run"]
+__all__ = ["prepare", "run"]
 
 
 def run(options: CompareOptions) -> None:
@@ -66,7 +66,7 @@ def run(options: CompareOptions) -> None:
             recipe=options.recipe,
         )
     )
-    shared = _prepare(options, recipe)
+    shared = prepare(options, recipe, data=options.folder / "data")
     jobs = _jobs(shared)
     say(f"{len(jobs)} trainings and evaluations, {shared.tokens:,} tokens per training")
     results = run_jobs(
@@ -79,22 +79,22 @@ def run(options: CompareOptions) -> None:
     say(f"page: {options.folder / 'comparison.html'}")
 
 
-def _prepare(options: CompareOptions, recipe: Mapping[str, Any]) -> Comparison:
-    folder = options.folder / "data"
-    data = Data(
-        preferences=folder / "preferences",
-        rankings=folder / "rankings",
-        candidates=folder / "candidates",
-        best=write_best(folder / "rankings", folder / "best.jsonl"),
-        reward_model=folder / "reward-model",
+def prepare(options: CompareOptions, recipe: Mapping[str, Any], *, data: Path) -> Comparison:
+    """Return what the trainings share, from the folder in which the data was made."""
+    made = Data(
+        preferences=data / "preferences",
+        rankings=data / "rankings",
+        candidates=data / "candidates",
+        best=write_best(data / "rankings", data / "best.jsonl"),
+        reward_model=data / "reward-model",
     )
-    lengths = measure(data, recipe, options.folder)
+    lengths = measure(made, recipe, options.folder)
     dpo = build_options(
         DpoOptions,
         {**underscored(recipe.get("dpo", {})), "data": [], "output": str(options.folder)},
     )
     tokens = options.tokens or round(lengths.dpo * dpo.epochs)
-    return Comparison(options, recipe, data, lengths, tokens)
+    return Comparison(options, recipe, made, lengths, tokens)
 
 
 def _fingerprint(data: Data) -> str:
@@ -114,7 +114,7 @@ def _parallel(options: CompareOptions) -> int:
 
 def _jobs(shared: Comparison) -> list[Job]:
     options = shared.options
-    jobs = [_start_job(shared)]
+    jobs = [shared.start()]
     if "methods" in options.parts:
         for algorithm in options.algorithms:
             for seed in options.seeds:
@@ -124,25 +124,6 @@ def _jobs(shared: Comparison) -> list[Job]:
     if "bias" in options.parts:
         jobs += _bias_jobs(shared)
     return jobs
-
-
-def _start_job(shared: Comparison) -> Job:
-    """Sample the starting policy once for all evaluations."""
-    chosen = evaluation_options(shared.recipe)
-    table = {
-        "prompts": str(chosen.prompts),
-        "out": str(shared.options.folder / "evaluations" / "start"),
-        "engine": start_engine(shared.recipe),
-        "completions": chosen.completions,
-        "temperatures": [chosen.temperature],
-        "top_p": chosen.top_p,
-        "max_tokens": chosen.max_tokens,
-        "repeats": "keep",
-        "seed": chosen.seed + 1,
-        "limit": chosen.limit,
-        "on_change": "replace",
-    }
-    return Job("start", "sample", table)
 
 
 def _method_jobs(shared: Comparison, algorithm: str, seed: int) -> list[Job]:
@@ -176,28 +157,39 @@ def _sizes(best_of: int) -> list[int]:
 
 
 def _best_of_jobs(shared: Comparison, seed: int) -> list[Job]:
-    options, chosen = shared.options, evaluation_options(shared.recipe)
-    first = seed == options.seeds[0]
-    sizes = _sizes(options.best_of) if first else [options.best_of]
-    out = options.folder / "best-of-n" / f"seed-{seed}"
+    options = shared.options
+    sizes = _sizes(options.best_of) if seed == options.seeds[0] else [options.best_of]
+    return _chosen_jobs(shared, f"bon-{seed}", seed, shared.data.reward_model, sizes)
+
+
+def _chosen_jobs(
+    shared: Comparison,
+    name: str,
+    seed: int,
+    reward_model: Path,
+    sizes: list[int],
+    needs: tuple[str, ...] = (),
+) -> list[Job]:
+    """Return the sampling and choosing of best-of-n, and the evaluation at every n."""
+    chosen = evaluation_options(shared.recipe)
+    out = shared.options.folder / "best-of-n" / name
     table = {
         "prompts": str(chosen.prompts),
         "out": str(out),
         "engine": start_engine(shared.recipe),
-        "reward_model": str(shared.data.reward_model),
+        "reward_model": str(reward_model),
         "sizes": sizes,
         "temperature": chosen.temperature,
         "max_tokens": chosen.max_tokens,
         "seed": seed + 1000,
         "limit": chosen.limit,
     }
-    name = f"bon-{seed}"
     meta = {"algorithm": "bon", "seed": seed, "tokens": 0, "steps": 0}
-    jobs = [Job(name, "train.best_of_n:run_table", table, (), meta)]
+    jobs = [Job(name, "train.best_of_n:run_table", table, needs, meta)]
     for size in sizes:
         jobs.append(
             shared.evaluate(
-                name if size == options.best_of else f"{name}-of-{size}",
+                name if size == shared.options.best_of else f"{name}-of-{size}",
                 model=None,
                 needs=name,
                 policy_samples=str(out / f"n-{size}"),
@@ -259,9 +251,11 @@ def _bias_jobs(shared: Comparison) -> list[Job]:
         }
         jobs.append(Job(reward, "reward", table))
         for algorithm in options.algorithms:
-            if algorithm == "bon":
-                continue
             name = f"bias-{kind}-{algorithm}"
+            if algorithm == "bon":
+                sizes = [options.best_of]
+                jobs += _chosen_jobs(shared, name, seed, data.reward_model, sizes, (reward,))
+                continue
             needs = (reward,) if algorithm == "ppo" else ()
             jobs.append(shared.train(algorithm, name, seed, data=data, needs=needs))
             output = options.folder / "policies" / name

@@ -13,6 +13,7 @@ import multiprocessing.connection
 import os
 import resource
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -51,8 +52,11 @@ class JobResult(NamedTuple):
     """What a job took."""
 
     seconds: float
+    cpu_seconds: float
+    """Of all its threads."""
     peak_mib: float
-    """Largest resident memory of its process, in MiB."""
+    """Most memory that it held, in MiB: of the GPU where it used one, else of its process, less
+    what the process had before it began (Python and its libraries)."""
 
 
 def run_jobs(
@@ -136,7 +140,7 @@ def _known(name: str, folder: Path, prints: Mapping[str, str]) -> JobResult | No
         return None
     record = json.loads(path.read_text(encoding="utf-8"))
     same = record["fingerprint"] == prints[name]
-    return JobResult(record["seconds"], record["peak_mib"]) if same else None
+    return JobResult(*(record[name] for name in JobResult._fields)) if same else None
 
 
 def _plain(table: dict[str, Any]) -> Any:
@@ -163,6 +167,17 @@ def _start(job: Job, folder: Path, parallel: int, fingerprint: str) -> Any:
     return process
 
 
+def _end_with_parent() -> None:
+    """End this process when the comparison does, however that was ended.
+
+    A job that went on by itself would write into the folders of the comparison's next run.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def _work(job: Job, folder: Path, parallel: int, fingerprint: str) -> None:
     """Run the job; the child process."""
     import torch
@@ -170,8 +185,11 @@ def _work(job: Job, folder: Path, parallel: int, fingerprint: str) -> None:
     log = os.open(folder / "logs" / f"{job.name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    torch.set_num_threads(max((os.cpu_count() or 1) // parallel, 1))
-    started = time.monotonic()
+    # No more than OMP_NUM_THREADS says: threads that wait for a core spin, and stall each other.
+    share = max((os.cpu_count() or 1) // parallel, 1)
+    torch.set_num_threads(min(share, torch.get_num_threads()))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    started, idle_mib = time.monotonic(), _resident_mib()
     try:
         if ":" in job.command:
             load(job.command)(job.table)
@@ -184,16 +202,26 @@ def _work(job: Job, folder: Path, parallel: int, fingerprint: str) -> None:
     except BaseException:  # the child's last word goes to its log
         os.write(log, traceback.format_exc().encode())
         os._exit(1)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _MIB
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
+    result = JobResult(
+        seconds=time.monotonic() - started,
+        cpu_seconds=usage.ru_utime + usage.ru_stime,
+        peak_mib=cuda / _MIB or _resident_mib() - idle_mib,
+    )
     write_json(
         _record(job.name, folder),
         {
             "fingerprint": fingerprint,
             "command": job.command,
             "table": _plain(job.table),
-            "seconds": time.monotonic() - started,
-            "peak_mib": peak,
+            **result._asdict(),
         },
     )
     sys.stdout.flush()
     os._exit(0)
+
+
+def _resident_mib() -> float:
+    """Return the largest resident memory of this process so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _MIB

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -29,6 +29,8 @@ from train.reward_model import load_reward_model
 __all__ = ["Outcome", "difference", "evaluate_table", "read_outcome"]
 
 REWARDS = "rewards.json"
+
+Measure = Literal["win", "gold", "length"]
 
 
 def evaluate_table(table: dict[str, Any]) -> None:
@@ -67,8 +69,9 @@ class Outcome:
     length_gain: float
     spread: dict[str, float]
     """Standard deviation between seeds of win rate (first judge), gold, KL and length."""
-    preferences: dict[str, list[float]]
-    """P(new preferred) by the first judge: prompt id to one value per pair."""
+    by_prompt: dict[Measure, dict[str, list[float]]]
+    """Prompt id to one value per pair: wins by the first judge, the gold check of the policy, its
+    characters."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON values."""
@@ -92,7 +95,7 @@ def read_outcome(folders: Sequence[Path], *, kl: float | None = None) -> Outcome
         kl: known without an estimate (best-of-n); None: as the evaluations estimated it.
     """
     meetings: dict[str, list[Meeting]] = {}
-    preferences: dict[str, list[float]] = {}
+    by_prompt: dict[Measure, dict[str, list[float]]] = {"win": {}, "gold": {}, "length": {}}
     golds: list[tuple[str, float, float]] = []
     per_seed: dict[str, list[float]] = {"win_rate": [], "gold": [], "kl": [], "length": []}
     rewards: list[float] = []
@@ -104,11 +107,14 @@ def read_outcome(folders: Sequence[Path], *, kl: float | None = None) -> Outcome
             meetings.setdefault(name, []).extend(rows)
         first = next(iter(found.values()))
         for row in first:
+            by_prompt["length"].setdefault(row.prompt_id, []).append(len(row.new.completion))
             if row.p is not None:
-                preferences.setdefault(row.prompt_id, []).append(row.p)
+                by_prompt["win"].setdefault(row.prompt_id, []).append(_win(row.p))
         per_seed["win_rate"].append(win_rate(first).win_rate.value or 0.0)
         checked = _gold(folder)
         golds += checked
+        for prompt_id, new, _ in checked:
+            by_prompt["gold"].setdefault(prompt_id, []).append(new)
         if checked:
             per_seed["gold"].append(statistics.fmean(new for _, new, _ in checked))
         if record["kl"] and "per_completion" in record["kl"]:
@@ -128,8 +134,12 @@ def read_outcome(folders: Sequence[Path], *, kl: float | None = None) -> Outcome
         spread={
             name: statistics.stdev(values) for name, values in per_seed.items() if len(values) > 1
         },
-        preferences=preferences,
+        by_prompt=by_prompt,
     )
+
+
+def _win(p: float) -> float:
+    return 1.0 if p > 0.5 else 0.5 if p == 0.5 else 0.0
 
 
 def _average(values: Sequence[float]) -> float | None:
@@ -179,18 +189,10 @@ def _numbered(names: Sequence[str]) -> Any:
     return np.array([numbers[name] for name in names], dtype=np.int64)
 
 
-def difference(
-    first: Outcome,
-    second: Outcome,
-    *,
-    value: Callable[[float], float] = lambda p: (p > 0.5) + 0.5 * (p == 0.5),
-) -> Estimate:
-    """Return first less second in mean win (or ``value`` of P), paired by prompt."""
-    gaps: list[tuple[str, float]] = []
-    for name, mine in first.preferences.items():
-        theirs: Mapping[str, list[float]] = second.preferences
-        if name in theirs:
-            gap = statistics.fmean(map(value, mine)) - statistics.fmean(map(value, theirs[name]))
-            gaps.append((name, gap))
-    groups = _numbered([name for name, _ in gaps])
-    return mean(Resampler(groups), groups, [gap for _, gap in gaps])
+def difference(first: Outcome, second: Outcome, measure: Measure = "win") -> Estimate:
+    """Return the first's mean less the second's, paired by prompt."""
+    mine, theirs = first.by_prompt[measure], second.by_prompt[measure]
+    names = [name for name in mine if name in theirs]
+    groups = _numbered(names)
+    gaps = [statistics.fmean(mine[name]) - statistics.fmean(theirs[name]) for name in names]
+    return mean(Resampler(groups), groups, gaps)

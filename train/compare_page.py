@@ -28,6 +28,12 @@ _LABELS = {
 }
 
 
+_CAPTION = (
+    "KL in nats per completion; best of n: log n - (n - 1) / n. Seconds and memory of one training "
+    "(best of n: of its samples), memory above that of an idle process."
+)
+
+
 def render_comparison(record: Mapping[str, Any]) -> str:
     """Return the page of a comparison's record, as text."""
     sections = []
@@ -72,11 +78,14 @@ def _methods(record: Mapping[str, Any]) -> Section:
                 NAMES[algorithm],
                 Cell(_estimate(rate["win_rate"]), percent=True),
                 Cell(_estimate(rate["at_equal_length"]), percent=True),
+                row["spread"].get("win_rate"),
                 _estimate(row["gold"]),
                 row["kl"],
                 row["reward"],
                 round(row["length"]),
-                row["spread"].get("win_rate"),
+                round(row["seconds"]),
+                round(row["peak_mib"]),
+                row["models_held"],
             ]
         )
         points.append(
@@ -87,14 +96,17 @@ def _methods(record: Mapping[str, Any]) -> Section:
                 rate["win_rate"]["high"],
             )
         )
-    head = ["", "win rate", "at equal length", "gold", "KL", "reward", "characters", "spread"]
+    head = [
+        "", "win rate", "at equal length", "spread", "gold", "KL", "reward", "characters",
+        "seconds", "MiB", "models held",
+    ]  # fmt: skip
     return Section(
         "methods",
         "Against the starting policy",
         "Win rate over the starting policy, both orders, level ones half; intervals by prompt over "
         "all seeds. The spread is the standard deviation of the win rate between seeds.",
         [
-            table(head, rows, caption="KL in nats per completion; best of n: log n - (n - 1) / n."),
+            table(head, rows, caption=_CAPTION),
             plot(
                 interval_plot(points, name="win-rates", x_label="win rate", fair=0.5),
                 caption="Win rate with its 95% interval.",
@@ -150,18 +162,19 @@ def _cost(record: Mapping[str, Any]) -> Section:
             NAMES[algorithm],
             round(row["tokens"]),
             round(row["steps"]),
-            row["seconds"],
-            round(row["peak_mib"]),
-            row["models_held"],
+            round(row["seconds"]),
+            round(row["cpu_seconds"]),
         ]
         for algorithm, row in record["methods"].items()
     ]
-    head = ["", "tokens", "steps", "seconds", "peak memory (MiB)", "models held"]
+    head = ["", "tokens", "steps", "seconds", "CPU seconds"]
     return Section(
         "cost",
-        "What it cost",
-        "One training. The reward model, which best of n and PPO need, is trained once before.",
-        [table(head, rows, caption="Peak memory is that of the whole process.")],
+        "Equal tokens",
+        "Tokens that one training passes forward and backward. What comes on top of them, the "
+        "samples of PPO and of best of n and the scores of their reward model, is in the seconds; "
+        "the reward model itself is trained once before.",
+        [table(head, rows)],
     )
 
 
@@ -190,36 +203,33 @@ def _labels(record: Mapping[str, Any]) -> Section:
 
 def _bias(record: Mapping[str, Any]) -> Section:
     found = record["bias"]
-    plain, refused = record["methods"], found["refused"]
-    rows = []
-    for kind, by_algorithm in found["labels"].items():
-        for algorithm, row in by_algorithm.items():
-            before = plain.get(algorithm)
-            rows.append(
-                [
-                    _LABELS[kind],
-                    NAMES[algorithm],
-                    row["length_gain"],
-                    before["length_gain"] if before else None,
-                    _estimate(row["gold"]),
-                    (
-                        row["gold"]["value"] - before["gold"]["value"]
-                        if before and row["gold"] and before["gold"]
-                        else None
-                    ),
-                ]
-            )
-    head = ["labels", "", "length gained", "without bias", "gold", "change of gold"]
+    rows = [
+        [
+            _LABELS[kind],
+            NAMES[algorithm],
+            Cell(_estimate(_first(row)["win_rate"]), percent=True),
+            _estimate(row.get("length_change")),
+            _estimate(row["gold"]),
+            _estimate(row.get("gold_change")),
+        ]
+        for kind, by_algorithm in found["labels"].items()
+        for algorithm, row in by_algorithm.items()
+    ]
+    head = ["labels", "", "win rate", "characters added", "gold", "change of gold"]
     return Section(
         "bias",
         "A judge that likes length",
         f"{found['strength']:g} log-odds per standard deviation of the difference in length were "
-        "added to every verdict; characters gained over the starting policy, first seed.",
+        "added to every verdict. Changes are against the same algorithm on the judge's own labels, "
+        "by prompt.",
         [
             table(head, rows),
             table(
                 ["labels", "figures for which the gate would refuse them"],
-                [[_LABELS[kind], ", ".join(rows) or "none"] for kind, rows in refused.items()],
+                [
+                    [_LABELS[kind], ", ".join(names) or "none"]
+                    for kind, names in found["refused"].items()
+                ],
             ),
         ],
     )

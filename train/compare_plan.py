@@ -222,6 +222,24 @@ class Comparison:
             },
         )
 
+    def start(self) -> Job:
+        """Return the sampling of the starting policy, done once for all evaluations."""
+        chosen = evaluation_options(self.recipe)
+        table = {
+            "prompts": str(chosen.prompts),
+            "out": str(self.options.folder / "evaluations" / "start"),
+            "engine": start_engine(self.recipe),
+            "completions": chosen.completions,
+            "temperatures": [chosen.temperature],
+            "top_p": chosen.top_p,
+            "max_tokens": chosen.max_tokens,
+            "repeats": "keep",
+            "seed": chosen.seed + 1,
+            "limit": chosen.limit,
+            "on_change": "replace",
+        }
+        return Job("start", "sample", table)
+
     def evaluate(self, name: str, *, model: Path | None, needs: str, **changes: Any) -> Job:
         """Return the evaluation of a policy folder, or of completions that are there already."""
         start = start_engine(self.recipe)

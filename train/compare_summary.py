@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from feedback.progress import say
+import rich.box
+from rich.console import Console
+from rich.table import Table
+
 from feedback.shards import package_versions
 from train.best_of_n import best_of_n_kl
 from train.compare_jobs import Job, JobResult
 from train.compare_measure import Outcome, difference, read_outcome
-from train.compare_plan import Comparison, evaluation_options
+from train.compare_plan import Comparison, evaluation_options, start_engine
 
 __all__ = ["GATE", "KINDS", "MODELS_HELD", "print_table", "summarise"]
 
@@ -36,6 +39,7 @@ def summarise(
         "prompts": dict(shared.lengths.groups),
         "lengths": {"prompt": shared.lengths.prompt, "completion": shared.lengths.completion},
         "best_of": options.best_of,
+        "start": start_engine(shared.recipe)["model"],
         "judges": [engine.model for engine in evaluation_options(shared.recipe).judges],
         "methods": {},
         "curves": {},
@@ -54,7 +58,7 @@ def summarise(
     if "labels" in options.parts:
         record["labels"] = _labels(shared, outcomes.get("dpo") or _outcome(shared, "dpo"))
     if "bias" in options.parts:
-        record["bias"] = _bias(shared)
+        record["bias"] = _bias(shared, outcomes)
     return record
 
 
@@ -82,6 +86,7 @@ def _cost(
         "tokens": sum(job.meta["tokens"] for job in mine) / count,
         "steps": sum(job.meta["steps"] for job in mine) / count,
         "seconds": sum(results[job.name].seconds for job in mine) / count,
+        "cpu_seconds": sum(results[job.name].cpu_seconds for job in mine) / count,
         "peak_mib": max(results[job.name].peak_mib for job in mine),
         "models_held": MODELS_HELD[algorithm],
     }
@@ -121,27 +126,55 @@ def _labels(shared: Comparison, judge: Outcome) -> dict[str, Any]:
     }
 
 
-def _bias(shared: Comparison) -> dict[str, Any]:
+def _bias(shared: Comparison, plain: Mapping[str, Outcome]) -> dict[str, Any]:
+    """Return what each algorithm became on each kind of biased labels, and how far that is off."""
     found: dict[str, Any] = {"strength": shared.options.bias, "labels": {}, "refused": {}}
     for kind in KINDS:
         path = shared.options.folder / "labels" / kind / GATE
         found["refused"][kind] = json.loads(path.read_text(encoding="utf-8"))
-        found["labels"][kind] = {
-            algorithm: read_outcome([_folder(shared, f"bias-{kind}-{algorithm}")]).to_dict()
-            for algorithm in shared.options.algorithms
-            if algorithm != "bon"
-        }
+        found["labels"][kind] = {}
+        for algorithm in shared.options.algorithms:
+            kl = best_of_n_kl(shared.options.best_of) if algorithm == "bon" else None
+            outcome = read_outcome([_folder(shared, f"bias-{kind}-{algorithm}")], kl=kl)
+            row = outcome.to_dict()
+            if algorithm in plain:
+                for measure in ("length", "gold"):
+                    gap = difference(outcome, plain[algorithm], measure)
+                    row[f"{measure}_change"] = gap.to_dict()
+            found["labels"][kind][algorithm] = row
     return found
 
 
 def print_table(record: Mapping[str, Any]) -> None:
     """Print one line per method."""
+    grid = Table(box=rich.box.SIMPLE_HEAD, title=f"against {record['start']}", title_justify="left")
+    heads = "win rate", "at equal length", "gold", "KL", "reward", "chars", "s", "MiB", "models"
+    grid.add_column("", no_wrap=True)
+    for head in heads:
+        grid.add_column(head, justify="right", no_wrap=True)
     for algorithm, row in record["methods"].items():
-        rate = next(iter(row["win_rate"].values()))["win_rate"]
-        gold = "" if row["gold"] is None else f"gold {row['gold']['value']:.3f}  "
-        kl = "" if row["kl"] is None else f"KL {row['kl']:.2f}  "
-        say(
-            f"{algorithm:5s} win rate {rate['value']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]  "
-            f"{gold}{kl}length {row['length']:.0f}  {row['seconds']:.0f} s  "
-            f"{row['peak_mib']:.0f} MiB  {row['models_held']} models"
+        rate = next(iter(row["win_rate"].values()))
+        grid.add_row(
+            algorithm,
+            _span(rate["win_rate"]),
+            _span(rate["at_equal_length"]),
+            "" if row["gold"] is None else f"{row['gold']['value']:.3f}",
+            "" if row["kl"] is None else f"{row['kl']:.2f}",
+            f"{row['reward']:.2f}",
+            f"{row['length']:.0f}",
+            f"{row['seconds']:.0f}",
+            f"{row['peak_mib']:.0f}",
+            str(row["models_held"]),
         )
+    if record["methods"]:
+        # Wide enough for every column where the output is a file: a table that wraps is unreadable.
+        console = Console()
+        Console(width=max(console.width, 110) if not console.is_terminal else None).print(grid)
+
+
+def _span(estimate: Mapping[str, Any]) -> str:
+    if estimate["value"] is None:
+        return "-"
+    if estimate["low"] is None:
+        return f"{estimate['value']:.3f}"
+    return f"{estimate['value']:.3f} ({estimate['low']:.3f}-{estimate['high']:.3f})"
