@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +98,7 @@ def test_jobs_wait_for_what_they_need_and_are_not_run_twice(tmp_path: Path) -> N
     jobs = [job("c", file, needs=("b",)), job("b", file, needs=("a",)), job("a", file)]
     results = run_jobs(jobs, tmp_path, parallel=2, say=lambda line: None)
     assert file.read_text().split() == ["a", "b", "c"]
-    assert all(result.peak_mib > 1 for result in results.values())
+    assert all(result.peak_mib >= 0 and result.cpu_seconds > 0 for result in results.values())
     again = run_jobs(jobs, tmp_path, parallel=2, say=lambda line: None)
     assert again == results
     changed = [job("c", file, needs=("b",), word="other"), *jobs[1:]]
@@ -116,6 +120,46 @@ def test_a_failed_job_names_its_log_and_what_is_finished_stays(tmp_path: Path) -
     with pytest.raises(RlaifError):
         run_jobs(jobs, tmp_path, parallel=1, say=lambda line: None)
     assert file.read_text().split() == ["a", "fail", "fail"]
+
+
+def outlive(table: dict[str, Any]) -> None:
+    """A job for tests: says who it is, and would go on for a minute."""
+    Path(table["file"]).write_text(str(os.getpid()))
+    time.sleep(60)
+
+
+def test_jobs_end_with_their_comparison_even_when_it_is_killed(tmp_path: Path) -> None:
+    """What went on by itself would write into the next run's folders."""
+    jobs = [
+        Job(name, f"{__name__}:outlive", {"file": str(tmp_path / name)}, ()) for name in ("a", "b")
+    ]
+    process = multiprocessing.get_context("fork").Process(
+        target=run_jobs, args=(jobs, tmp_path), kwargs={"parallel": 2, "say": print}
+    )
+    process.start()
+    files = [tmp_path / "a", tmp_path / "b"]
+    wait_until(lambda: all(file.is_file() and file.read_text() for file in files))
+    process.kill()
+    process.join()
+    for file in files:
+        wait_until(lambda file=file: not alive(int(file.read_text())))  # type: ignore[misc]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    for _ in range(500):
+        if condition():
+            return
+        time.sleep(0.02)
+    raise AssertionError("waited in vain")
+
+
+def alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    # A process that has ended and that nobody waited for yet is dead too.
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 # --- best of n
@@ -253,6 +297,7 @@ def test_seeds_are_pooled_by_prompt_and_their_spread_is_shown(tmp_path: Path) ->
     gap = difference(read_outcome([two]), read_outcome([one]))
     assert gap.value == pytest.approx(0.5)
     assert gap.n == 4
+    assert difference(read_outcome([two]), read_outcome([one]), "length").value == 0.0
     assert read_outcome([one], kl=0.3).kl == 0.3
 
 
