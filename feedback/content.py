@@ -15,7 +15,7 @@ from feedback.records import (
     prompt_messages,
 )
 
-__all__ = ["content_key", "pair_sides"]
+__all__ = ["content_key", "pair_sides", "prompt_key"]
 
 
 def _normal(text: PromptText) -> list[tuple[str, str]]:
@@ -31,6 +31,11 @@ def pair_sides(row: Preference) -> tuple[str, str]:
     return _completion(row.chosen), _completion(row.rejected)
 
 
+def prompt_key(prompt: PromptText) -> str:
+    """Return what names a prompt's content."""
+    return content_id("prompt", _normal(prompt))
+
+
 def content_key(row: Any) -> str:
     """Return what names a row's content: for a preference, the prompt and its two completions.
 
@@ -43,5 +48,5 @@ def content_key(row: Any) -> str:
         texts = sorted(normalise_text(text) for text in row.completions)
         return content_id("ranking", _normal(row.prompt), texts)
     if isinstance(row, Candidates | Prompt):
-        return content_id("prompt", _normal(row.prompt))
+        return prompt_key(row.prompt)
     return str(row.verdict_id)

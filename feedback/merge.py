@@ -1,11 +1,11 @@
 """Join shard folders of one kind: duplicates dropped, conflicts kept as votes, splits by prompt.
 
 Rows are brought together by content through a temporary SQLite file, so that memory does not grow
-with their number. Of preferences that name the same pair, those that agree on the winner are
-duplicates, and those that do not are a conflict: both stay, as votes of one row whose probability
-is their mean. Every merged row's ``source`` lists where each vote came from.
+with their number; ``merge_rows`` makes one row of those with the same content. A prompt has one id
+in the whole, however its sources called it, so that a split by prompt holds. The manifest keeps
+each source's own.
 
-``rlaif merge --sources a/preferences b/preferences --out merged``
+``rlaif merge a/preferences b/preferences --out merged``
 """
 
 from __future__ import annotations
@@ -13,18 +13,24 @@ from __future__ import annotations
 import sqlite3
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from feedback.config import recipe_of
-from feedback.content import content_key, pair_sides
+from feedback.content import content_key, prompt_key
 from feedback.errors import RecipeError, ShardError
 from feedback.filtering import row_filter
 from feedback.gate import merged_gate
-from feedback.records import Candidates, Preference, content_id, decode, encode, normalise_text
+from feedback.merge_rows import (
+    merge_candidates,
+    merge_preferences,
+    merge_rankings,
+    merge_verdicts,
+)
+from feedback.records import Preference, Ranking, Verdict, content_id, decode, encode
 from feedback.shards import (
     KINDS,
     ShardWriter,
@@ -32,9 +38,13 @@ from feedback.shards import (
     manifest_sha256,
     read_manifest,
     read_rows,
+    shard_paths,
 )
 
-__all__ = ["MergeOptions", "merge", "merge_preferences", "run", "split_of"]
+__all__ = ["MergeOptions", "merge", "run", "split_of"]
+
+# In a folder while it is being merged into; a killed merge leaves it behind, and starts over.
+_UNFINISHED = ".merging"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,17 +91,16 @@ def merge(options: MergeOptions) -> Counter[str]:
         RecipeError: the filter expression is wrong.
     """
     kind = _common_kind(options.sources)
+    if options.most_per_judge is not None and kind not in ("preferences", "rankings", "verdicts"):
+        raise RecipeError(f"--most-per-judge: {kind} have no judge; use --most-per-source")
     passes = row_filter(options.where, KINDS[kind])
     counts: Counter[str] = Counter()
+    names = list(options.splits) or [""]
     with ExitStack() as stack:
         # The writers come first: a folder that is in use or of another kind costs no work.
-        names = list(options.splits) or [""]
-        writers: dict[str, ShardWriter[Any]] = {
-            name: stack.enter_context(ShardWriter(options.out / name, kind)) for name in names
+        writers = {
+            name: stack.enter_context(_fresh_writer(options.out / name, kind)) for name in names
         }
-        for writer in writers.values():
-            if any(True for _ in writer.existing()):
-                raise ShardError("already holds rows; give an empty folder", path=writer.folder)
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="rlaif-merge-"))
         store = sqlite3.connect(Path(folder) / "rows.sqlite")
         stack.callback(store.close)
@@ -101,8 +110,33 @@ def merge(options: MergeOptions) -> Counter[str]:
             writers[name].append(row)
             counts["rows written" + (f" to {name}" if name else "")] += 1
         for name, writer in writers.items():
-            writer.finish(_info(options, counts, name))
+            writer.finish(_info(options, counts, name), count=_bucket(kind))
+            (writer.folder / _UNFINISHED).unlink()
     return counts
+
+
+def _fresh_writer(folder: Path, kind: str) -> ShardWriter[Any]:
+    """Return the writer of an empty folder; what a killed merge has left in it goes.
+
+    Raises:
+        ShardError: the folder holds rows that no merge has left.
+    """
+    mark = folder / _UNFINISHED
+    if any(shard_paths(folder, other) for other in KINDS) and not mark.is_file():
+        raise ShardError("already holds rows; give an empty folder", path=folder)
+    writer = ShardWriter[Any](folder, kind)
+    mark.touch()
+    writer.close()
+    for path in shard_paths(folder, kind):
+        path.unlink()
+    return ShardWriter[Any](folder, kind)
+
+
+def _bucket(kind: str) -> Callable[[Any], str] | None:
+    """Return what names a row's bucket in the manifest's counts, as the kind's own stage does."""
+    if kind == "preferences":
+        return lambda row: "tie" if row.tie else "decided"
+    return (lambda row: str(row.outcome)) if kind == "verdicts" else None
 
 
 def _common_kind(sources: tuple[Path, ...]) -> str:
@@ -123,9 +157,11 @@ def _collect(
     counts: Counter[str],
 ) -> None:
     """Put every row that passes into the store, with its key and a seeded place in the draw."""
-    store.execute("CREATE TABLE rows (key TEXT, source INTEGER, judge TEXT, draw TEXT, row BLOB)")
+    store.execute(
+        "CREATE TABLE rows (key TEXT, prompt TEXT, source INTEGER, judge TEXT, draw TEXT, row BLOB)"
+    )
 
-    def rows() -> Iterator[tuple[str, int, str, str, bytes]]:
+    def rows() -> Iterator[tuple[str, str, int, str, str, bytes]]:
         row: Any
         for number, source in enumerate(options.sources):
             for place, row in enumerate(read_rows(source, KINDS[kind])):
@@ -135,9 +171,9 @@ def _collect(
                     continue
                 key = content_key(row)
                 draw = content_id(options.seed, key, number, place)
-                yield key, number, _judge_of(row), draw, encode(row)
+                yield key, _prompt_key(row), number, _judge_of(row), draw, encode(row)
 
-    store.executemany("INSERT INTO rows VALUES (?, ?, ?, ?, ?)", rows())
+    store.executemany("INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?)", rows())
     for column, most in (("source", options.most_per_source), ("judge", options.most_per_judge)):
         if most is not None:
             removed = store.execute(
@@ -147,70 +183,56 @@ def _collect(
             ).rowcount
             counts[f"rows left out by --most-per-{column}"] += removed
     store.execute("CREATE INDEX by_key ON rows (key)")
+    store.execute("CREATE INDEX by_prompt ON rows (prompt)")
     store.commit()
 
 
+def _prompt_key(row: Any) -> str:
+    """Return what names a row's prompt by content; a verdict knows only its prompt's id."""
+    return prompt_key(row.prompt) if hasattr(row, "prompt") else str(row.prompt_id)
+
+
 def _judge_of(row: Any) -> str:
-    if isinstance(row, Candidates) or not hasattr(row, "source"):
-        return str(row.judge.model) if hasattr(row, "judge") else ""
-    return str(row.source.get("judge", ""))
+    """Return the judge that ``--most-per-judge`` counts; empty where a row has none."""
+    if isinstance(row, Verdict):
+        return row.judge.model
+    return str(row.source.get("judge", "")) if isinstance(row, Preference | Ranking) else ""
 
 
 def _merged_rows(store: sqlite3.Connection, kind: str, counts: Counter[str]) -> Iterator[Any]:
     """Yield one row per content, in the order in which contents were first seen."""
-    order = store.execute("SELECT key, count(*) FROM rows GROUP BY key ORDER BY min(rowid)")
-    for key, number in order:
+    order = store.execute("SELECT key, prompt FROM rows GROUP BY key ORDER BY min(rowid)")
+    for key, prompt in order:
         found = store.execute("SELECT row FROM rows WHERE key = ? ORDER BY rowid", (key,))
         rows: list[Any] = [decode(line, KINDS[kind]) for (line,) in found]
-        counts["duplicates"] += number - 1
-        if kind == "preferences" and number > 1:
-            yield merge_preferences(rows, counts)
-        elif kind == "candidates" and number > 1:
-            yield _merge_candidates(rows)
+        if len(rows) > 1 and kind in _MERGERS:
+            row = _MERGERS[kind](rows, counts)
         else:
-            yield rows[0]
+            counts["duplicates"] += len(rows) - 1
+            row = rows[0]
+        yield _with_one_name(store, row, prompt, counts)
 
 
-def merge_preferences(rows: list[Preference], counts: Counter[str]) -> Preference:
-    """Return one row for preferences of the same pair; contradictions become votes.
-
-    The probability of the first row's chosen side is averaged over the rows, by weight; where the
-    mean falls below one half the sides change places.
-    """
-    first = rows[0]
-    sides = pair_sides(first)
-    votes, total, mass = [], 0.0, 0.0
-    for row in rows:
-        p = row.p_chosen if pair_sides(row) == sides else 1 - row.p_chosen
-        votes.append({"p_first_chosen": p, "tie": row.tie, "weight": row.weight, **row.source})
-        total += p * row.weight
-        mass += row.weight
-    decided = {p > 0.5 for vote in votes if (p := float(vote["p_first_chosen"])) != 0.5}
-    if len(decided) < 2 and len({round(float(vote["p_first_chosen"]), 12) for vote in votes}) == 1:
-        return first
-    counts["conflicts, kept as votes" if len(decided) > 1 else "agreeing labels, averaged"] += 1
-    p = total / mass if mass else 0.5
-    chosen, rejected = (
-        (first.chosen, first.rejected) if p >= 0.5 else (first.rejected, first.chosen)
-    )
-    p = max(p, 1 - p)
-    source = {**first.source, "votes": votes}
-    return replace(
-        first, chosen=chosen, rejected=rejected, p_chosen=p, margin=2 * p - 1, p_raw=None,
-        tie=all(row.tie for row in rows), weight=max(row.weight for row in rows), source=source,
-    )  # fmt: skip
+_MERGERS: dict[str, Callable[[list[Any], Counter[str]], Any]] = {
+    "preferences": merge_preferences,
+    "rankings": merge_rankings,
+    "candidates": merge_candidates,
+    "verdicts": merge_verdicts,
+}
 
 
-def _merge_candidates(rows: list[Candidates]) -> Candidates:
-    """Return one row with every completion of the prompt once."""
-    seen: set[str] = set()
-    completions = []
-    for completion in (one for row in rows for one in row.completions):
-        text = normalise_text(completion.completion)
-        if text not in seen:
-            seen.add(text)
-            completions.append(completion)
-    return replace(rows[0], completions=completions)
+def _with_one_name(store: sqlite3.Connection, row: Any, prompt: str, counts: Counter[str]) -> Any:
+    """Return the row under the id that its prompt has in the first row that holds it."""
+    if not isinstance(row, Preference | Ranking):
+        return row
+    (line,) = store.execute(
+        "SELECT row FROM rows WHERE prompt = ? ORDER BY rowid LIMIT 1", (prompt,)
+    ).fetchone()
+    name = decode(line, type(row)).prompt_id
+    if name == row.prompt_id:
+        return row
+    counts["rows whose prompt had another id"] += 1
+    return replace(row, prompt_id=name, source={**row.source, "prompt_id": row.prompt_id})
 
 
 def split_of(prompt_id: str, splits: dict[str, float], *, seed: int = 0) -> str:
