@@ -322,4 +322,4 @@ def test_versions_are_compared_by_content(tmp_path: Path) -> None:
     assert (found.same, found.moved, found.flipped, found.added, found.removed) == (1, 1, 1, 1, 1)
     assert found.mean_change == pytest.approx((0 + 0.1 + 0.4) / 3)
     assert found.examples["removed"] == ["p4"]
-    assert found.figures["judge.model"] == ("small", "large")
+    assert found.settings["judge.model"] == ("small", "large")

@@ -114,11 +114,21 @@ def _with_missing(kind: type[Any], table: dict[str, Any], recipe: str | None) ->
 
 
 def _name_first(kind: type[Any], words: list[str]) -> list[str]:
-    """Let the first option go without its name: ``report runs/x/verdicts``."""
-    if not words or words[0].startswith("-"):
-        return words
-    first = dataclasses.fields(kind)[0].name.replace("_", "-")
-    return [f"--{first}", *words]
+    """Let the first options go without their names: ``report runs/x/verdicts``, ``diff old new``.
+
+    Bare words go to the first option and to the required ones after it, one each; an option that
+    takes several takes them all.
+    """
+    bare = next((n for n, word in enumerate(words) if word.startswith("-")), len(words))
+    hints = typing.get_type_hints(kind)
+    named: list[str] = []
+    for place, entry in enumerate(dataclasses.fields(kind)):
+        if not words[:bare] or (place and entry.name not in required_fields(kind)):
+            break
+        taken = bare if typing.get_origin(hints[entry.name]) is tuple else 1
+        named += [f"--{entry.name.replace('_', '-')}", *words[:taken]]
+        words, bare = words[taken:], bare - taken
+    return [*named, *words]
 
 
 def _take_recipe(words: list[str]) -> tuple[str | None, list[str]]:
