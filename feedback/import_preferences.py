@@ -218,7 +218,7 @@ def _preference(row: _Row, pair: _Pair, prompt_id: str, gap: float | None) -> Pr
         p_chosen=known,
         prompt_id=prompt_id,
         tie=tie,
-        source={"imported": row.options.source.name, "row": row.number},
+        source={"imported": row.options.source_name, "row": row.number},
     )
 
 

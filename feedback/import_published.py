@@ -76,9 +76,7 @@ def _write(options: ImportOptions, config: str, split: str, folder: Path) -> int
                 "stage": "import",
                 "format": options.format,
                 "recipe": recipe_of(options),
-                "source": str(options.source)
-                if not options.source.exists()
-                else options.source.name,
+                "source": options.source_name,
                 "revision": options.revision,
                 "split": split,
             }

@@ -133,6 +133,11 @@ class ImportOptions:
     words_tie: tuple[str, ...] = ("tie", "C", "3", "both", "0", "equal")
     """pairs: words for a tie; everything else counts as unparsed."""
 
+    @property
+    def source_name(self) -> str:
+        """The source as rows and manifests name it: a file's own name, or ``user/name``."""
+        return self.source.name if self.source.exists() else str(self.source)
+
     def __post_init__(self) -> None:
         """Refuse formats and values that do not exist."""
         if self.format not in FORMATS:
@@ -247,7 +252,7 @@ def _write(options: ImportOptions, kind: str, records: list[Any]) -> None:
         "stage": "import",
         "format": options.format,
         "recipe": recipe_of(options),
-        "source": options.source.name if options.source.exists() else str(options.source),
+        "source": options.source_name,
         "revision": options.revision,
     }
     count = None
