@@ -141,8 +141,8 @@ def _looked_for(details: CardDetails) -> Iterator[str]:
         yield "Overlap with evaluation sets was not looked for."
     elif not overlap:
         yield (
-            "No prompt occurs in the evaluation sets that were given, neither in full nor by 13 "
-            "words in a row."
+            "No prompt occurs in the evaluation sets that it was held against, neither in full nor "
+            "by 13 words in a row."
         )
     else:
         rows = [[code(name), f"{n:,}"] for name, n in overlap.items()]
