@@ -182,11 +182,21 @@ def test_a_reward_models_report_is_in_its_card(trained: Path) -> None:
         "data": "held-out prompts",
         "pairs": 40,
         "accuracy": {"value": 0.8, "low": 0.7, "high": 0.9, "pairs": 40},
-        "calibration": {"ece": 0.05},
+        "calibration": {
+            "ece": 0.05,
+            "bins": [
+                {
+                    "confidence": 0.72,
+                    "accuracy": {"value": 0.75, "low": 0.6, "high": 0.85, "pairs": 20},
+                    "mass": 0.5,
+                }
+            ],
+        },
     }
     (trained / "report.json").write_text(json.dumps(report))
     text = model_card(trained)
     assert "| accuracy | 0.800 | 0.700 to 0.900 | 40 |" in text
+    assert "| 0.720 | 0.750 | 0.600 to 0.850 | 20 |" in text
 
 
 def test_no_run_no_card(tmp_path: Path) -> None:

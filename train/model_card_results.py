@@ -110,5 +110,12 @@ def _reward_report(folder: Path) -> Iterator[str]:
     if ece is not None:
         rows.append(["calibration error (ECE)", f"{ece:.3f}", "", f"{report['pairs']:,}"])
     yield table(["figure", "value", "95% interval", "n"], rows)
-    if (folder / "reliability.svg").is_file():
-        yield "![Share right by the reward model's confidence](reliability.svg)"
+    bins = report["calibration"].get("bins") or []
+    shown = [
+        row
+        for part in bins
+        for row in _row(f"{part['confidence']:.3f}", {"n": part["accuracy"]["pairs"],
+                                                      **part["accuracy"]})
+    ]  # fmt: skip
+    if shown:
+        yield table(["its confidence", "agrees with the judge", "95% interval", "pairs"], shown)
