@@ -31,6 +31,7 @@ from train.guard import Probe, prompt_means
 from train.optimizer import Schedule
 from train.packing import PackedBatch
 from train.ppo_config import PpoOptions
+from train.ppo_gate import reward_gates
 from train.ppo_losses import policy_loss, truncated_weights, value_loss
 from train.ppo_models import reference_logprobs
 from train.ppo_results import finish, finished
@@ -72,6 +73,7 @@ def train(options: PpoOptions) -> Trained:
 
     Raises:
         RecipeError: there is no reward.
+        GateRefused: the judge that is the reward fails its report card.
         InputError: a model, prompt file or checkpoint folder does not fit.
         BackendError: the reward gave no score for any completion of a step.
         RlaifError: sampler and trainer disagree, or the loss is not a number.
@@ -82,6 +84,7 @@ def train(options: PpoOptions) -> Trained:
     done = finished(options)
     if done is not None:
         return done
+    reward_gates(options)
     started = time.perf_counter()
     this = set_up(options)
     store = RunStore(this)

@@ -41,6 +41,9 @@ class RewardSource:
     """Rubric's name or file; None: the template's."""
     cache: Path | None = None
     """File of the judge's reply cache; None: no cache."""
+    report_card: Path | None = None
+    """The judge's report.json (rlaif report), made with this template: a judge that fails it is
+    refused."""
     function: str = ""
     """``package.module:function``, called with lists of prompts and of completions; it returns one
     number for each, or None where it has no score."""
@@ -55,6 +58,8 @@ class RewardSource:
             )
         if self.models and self.kind != "model":
             raise RecipeError(f"models does nothing with kind {self.kind!r}; remove it")
+        if self.report_card is not None and self.kind != "judge":
+            raise RecipeError(f"report_card does nothing with kind {self.kind!r}; remove it")
         if self.function and self.kind != "function":
             raise RecipeError(f"function does nothing with kind {self.kind!r}; remove it")
         if self.ensemble != "mean" and len(self.models) < 2:
@@ -102,6 +107,8 @@ class PpoOptions:
     """What is maximised; its kind must be given."""
     guard: GuardOptions = field(default_factory=GuardOptions)
     """The overoptimisation guard."""
+    accept_bias: tuple[str, ...] = ()
+    """Figures of reward.report_card whose failure you accept by name."""
 
     model: str = "pocket:policy"
     """Policy to start from: a folder, a Hub name, or an embedded model."""

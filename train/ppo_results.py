@@ -11,6 +11,7 @@ from feedback.shards import package_versions, write_json
 from train.model_card import write_model_card
 from train.models import base_model, resolve_model
 from train.ppo_config import PpoOptions
+from train.ppo_gate import reward_gates
 from train.ppo_setup import Run
 from train.ppo_state import Progress, run_fingerprint
 from train.results import Trained
@@ -51,6 +52,7 @@ def finish(this: Run, progress: Progress, *, seconds: float) -> Trained:
             "options": json.loads(json.dumps(dataclasses.asdict(options), default=str)),
             "base_model": resolve_model(options.model),
             "reward_data": _reward_data(options),
+            "reward_gates": reward_gates(options),
             "stopped": progress.stopped,
             "figures": figures,
             "versions": package_versions(),
