@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,17 @@ GATE = {
 
 
 @pytest.fixture
-def trained(tmp_path: Path, tiny_model: Path) -> Path:
+def trained(trained_once: Path, tmp_path: Path) -> Path:
+    """A copy of the run's folder, for one test."""
+    return shutil.copytree(trained_once, tmp_path / trained_once.name)
+
+
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     """A folder that ``rlaif dpo`` left behind, beside its preferences."""
     from train.dpo import run
 
+    tmp_path = tmp_path_factory.mktemp("run")
     with ShardWriter[Preference](tmp_path / "preferences", "preferences") as writer:
         for number in range(16):
             writer.append(
