@@ -205,7 +205,8 @@ def make_judge(
     """Return the judge that the options describe, checked against its engine.
 
     Raises:
-        BackendError: the engine cannot give log-probabilities of the template's labels.
+        BackendError: the engine cannot be reached, or cannot give log-probabilities of the
+            template's labels.
     """
     rubric = load_criteria(options.rubric or template.rubric)
     judge = Judge(
@@ -221,10 +222,14 @@ def make_judge(
         max_prompt_tokens=options.max_prompt_tokens,
         use_logprobs=options.read == "auto",
     )
-    if judge.reads_choices:
-        found = backend.prepare(template.choices)
-        if found.note:
-            say(f"{options.engine.model}: {found.note}")
+    found = backend.prepare(template.choices if judge.reads_choices else ())
+    if found.note:
+        say(f"{options.engine.model}: {found.note}")
+    if template.mode == "structured" and not found.structured_output:
+        say(
+            f"{options.engine.model}: replies cannot be held to a JSON schema there; those that do "
+            "not follow it are unparsed"
+        )
     return dataclasses.replace(judge, budget=_length_budget(options, judge, backend))
 
 

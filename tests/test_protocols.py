@@ -152,6 +152,14 @@ def test_structured_pairs_carry_a_schema(tmp_path, judges):
     assert [row.winner for row in read_rows(folder, Verdict)] == ["p-1", "p-1"]
 
 
+def test_an_engine_that_follows_no_schema_is_named_at_start_up(tmp_path, judges, capsys):
+    judges["cheap"] = Scripted("cheap", text=lambda call: '{"rationale": "x", "verdict": "A"}')
+    judge(tmp_path, {"p": [1, 2]}, template="pairwise-structured")
+    assert "cannot be held to a JSON schema" in capsys.readouterr().out
+    judge(tmp_path, {"p": [1, 2]}, template="pairwise-rationale", on_change="set-aside")
+    assert "JSON schema" not in capsys.readouterr().out
+
+
 def test_rotations_show_each_reply_once_at_each_place(tmp_path, judges):
     def text(call):
         labels = [name for name, _ in REPLY_LABELS.findall(call.messages[-1]["content"])]

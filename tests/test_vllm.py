@@ -358,6 +358,17 @@ def test_server_refuses_one_call(vllm_server: Server) -> None:
     assert all(reply.error is None for reply in replies.values())
 
 
+def test_probe_says_what_the_server_can_do(vllm_server: Server) -> None:
+    backend = OpenAIBackend(
+        EngineOptions(backend="openai", model=vllm_server.model, base_url=vllm_server.base_url)
+    )
+    found, text_only = backend.prepare(("A", "B")), backend.prepare(())
+    backend.close()
+    assert found.logprobs and found.structured_output and text_only.structured_output
+    assert found.note.endswith("log-probabilities of any label, structured output")
+    assert not text_only.logprobs
+
+
 def test_probe_names_what_is_served(vllm_server: Server) -> None:
     backend = OpenAIBackend(
         EngineOptions(backend="openai", model="tiny-juge", base_url=vllm_server.base_url)

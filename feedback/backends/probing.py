@@ -277,13 +277,17 @@ class _Prober:
             "required": ["verdict"],
             "additionalProperties": False,
         }
-        call = _question(_ASK.format(labels=" or ".join(labels)), max_tokens=24, schema=schema)
+        call = _question(_ASK.format(labels=" or ".join(labels)), max_tokens=64, schema=schema)
         try:
             raw = await self.transport.send(self.bodies.judge(call))
-            reply = orjson.loads(read_judge(raw, call, None).text)
-        except (RequestFailed, orjson.JSONDecodeError):
+            text = read_judge(raw, call, None).text
+        except RequestFailed:
             return False
-        return isinstance(reply, dict) and reply.get("verdict") in labels
+        # Schemas allow white space between tokens, and a weak model may fill its reply with it: the
+        # beginning of a fitting object is as good as the whole.
+        compact = "".join(text.split())
+        fitting = [f'{{"verdict":"{label}"}}' for label in labels]
+        return len(compact) > 2 and any(whole.startswith(compact) for whole in fitting)
 
     def found(self, labels: tuple[str, ...], *, structured: bool) -> Found:
         """Sum up."""
