@@ -23,6 +23,8 @@ _LEFT_OUT = {
     "save_every", "keep_checkpoints", "report_to", "workers", "resume", "reference_cache",
     "peak_tflops",
 }  # fmt: skip
+# Said even where it is the default: a reader should not have to know it.
+_ALWAYS = ("model", "template")
 _PATHS = ("/", "./", "../", "~", "\\")
 
 
@@ -54,17 +56,28 @@ def recipe_table(stage: str, recipe: Mapping[str, Any], kind: type[Any]) -> list
     return list(_table(stage, _changed(recipe, kind)))
 
 
-def _changed(recipe: Mapping[str, Any], kind: type[Any]) -> dict[str, Any]:
-    """Return the entries of a recipe that differ from the defaults of its options class."""
+def _changed(recipe: Mapping[str, Any], kind: type[Any], instance: Any = None) -> dict[str, Any]:
+    """Return the entries of a recipe that differ from the defaults.
+
+    Args:
+        recipe: as recorded.
+        kind: the options class.
+        instance: what the class around it has by default; then an entry must equal both that and
+            the class's own default to be left out, for either may fill a gap.
+    """
     kept: dict[str, Any] = {}
     for entry in dataclasses.fields(kind):
         value = recipe.get(entry.name)
         if entry.name in _LEFT_OUT or value is None:
             continue
         default = _default(entry)
+        around = default if instance is None else getattr(instance, entry.name)
         if dataclasses.is_dataclass(default) and isinstance(value, Mapping):
-            value = _changed(value, type(default))
-        if value not in ({}, []) and value != _plain(default):
+            value = _changed(value, type(default), around)
+            same = not value
+        else:
+            same = value == _plain(default) == _plain(around)
+        if not same or entry.name in _ALWAYS:
             kept[entry.name] = value
     return kept
 
