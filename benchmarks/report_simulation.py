@@ -1,6 +1,6 @@
 """Does the report card find what was planted, and do its intervals hold what they promise?
 
-    python benchmarks/report_simulation.py [--replicates 4000] [--prompts 150] [--only SCENARIO ...]
+    python benchmarks/report_simulation.py [--replicates 2000] [--prompts 150] [--only SCENARIO ...]
 
 Judges with planted biases are simulated again and again; each time the card's figures are computed
 with their 95% intervals. The truth is the planted parameter itself where a figure estimates one,
@@ -8,10 +8,9 @@ else the figure's value in one very large run of the same judge. Writes
 benchmarks/results/report_simulation.json: ``coverage`` is the share of all intervals that hold the
 truth, ``recovered`` the share of planted parameters whose own intervals do so 93% to 97% of times.
 
-A figure's coverage over R runs is itself uncertain by sqrt(0.95 * 0.05 / R): 0.7 percent at 1,000
-runs, and the lowest of some thirty figures then lies two standard errors under its true value by
-luck alone. Hence 4,000 runs (0.34 percent). They take half an hour; ``--only`` runs some scenarios
-and puts their rows in the place of the old ones.
+A figure's coverage over R runs is itself uncertain by sqrt(0.95 * 0.05 / R): half a percent at
+2,000 runs, and the lowest of some thirty figures then lies two such errors under its true value by
+luck alone. ``--only`` runs some scenarios and puts their rows in the place of the old ones.
 """
 
 from __future__ import annotations
@@ -191,7 +190,7 @@ def run_scenario(
 def main() -> None:
     """Run every scenario and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--replicates", type=int, default=4000)
+    parser.add_argument("--replicates", type=int, default=2000)
     parser.add_argument("--only", nargs="+", choices=list(SCENARIOS), metavar="SCENARIO")
     parser.add_argument("--prompts", type=int, default=150)
     parser.add_argument("--truth-prompts", type=int, default=40_000)

@@ -60,6 +60,7 @@ def abtest(options: AbtestOptions) -> Result | None:
         figures = _figures(options, survivors, len(used))
         for arm in arms:
             arm.finish()
+    notes += _coin_notes(figures)
     result = Result(figures, comparisons, used, scores, [arm.name for arm in survivors], notes)
     _write(options, result)
     return result
@@ -225,6 +226,19 @@ def _figures(options: AbtestOptions, arms: Sequence[Arm], total: int) -> list[Ar
         if pairs is not None:
             found.append(arm_figures(arm.name, pairs, total, seed=options.seed))
     return found
+
+
+def _coin_notes(figures: Sequence[ArmFigures]) -> list[str]:
+    """Return what must be said of arms that are no better than a coin: they rank nothing."""
+    low = [arm.name for arm in figures if (arm.accuracy.high or 1.0) < 0.5]
+    unclear = [arm.name for arm in figures if (arm.accuracy.low or 0.0) <= 0.5]
+    unclear = [name for name in unclear if name not in low]
+    notes = []
+    if low:
+        notes.append(f"right less often than a coin on this gold: {', '.join(low)}")
+    if unclear:
+        notes.append(f"not shown to be better than a coin on this gold: {', '.join(unclear)}")
+    return notes
 
 
 def _write(options: AbtestOptions, result: Result) -> None:

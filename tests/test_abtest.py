@@ -107,6 +107,20 @@ def test_looks_and_halving(options: AbtestOptions) -> None:
     assert len(result.items) <= 12
 
 
+def test_a_judge_no_better_than_a_coin_is_said_so(options: AbtestOptions, tmp_path: Path) -> None:
+    """Gold turned round: the same verdicts are now nearly all wrong."""
+    rows = [made(number) for number in range(24)]
+    gold = [GoldPair(prompt_id=row.prompt_id, a="good", b="bad", label="b") for row in rows]
+    result = abtest(replace(options, gold=write(tmp_path / "turned.jsonl", gold)))
+    assert result is not None
+    assert "right less often than a coin on this gold: pairwise, pairwise-numbers" in result.notes
+    few = abtest(replace(options, max_calls=8, out=tmp_path / "few"))
+    assert few is not None
+    assert (
+        "not shown to be better than a coin on this gold: pairwise, pairwise-numbers" in few.notes
+    )
+
+
 def test_halving_keeps_to_its_calls(options: AbtestOptions) -> None:
     arms = (*options.arms, ArmOptions(template="pairwise-brief", engine=JUDGE))
     result = abtest(replace(options, arms=arms, halving=True, max_calls=60))

@@ -35,7 +35,6 @@ _WORDS = {
     "equivalent": "The difference lies within the margin that does not matter.",
     "undecided": "These pairs do not tell.",
 }
-_STATES = {"better": "ok", "worse": "fail", "equivalent": "ok", "undecided": "unclear"}
 _FIGURES = (
     ("accuracy", "Accuracy", "Share of gold winners named; ties by the judge count one half.", 0.5),
     ("kappa", "Cohen's kappa", "Agreement with gold beyond chance.", 0.0),
@@ -81,7 +80,7 @@ def _conclusion_table(comparisons: list[Comparison]) -> Markup:
         rows.append(
             [
                 found.arm,
-                Cell(found.conclusion, state=_STATES[found.conclusion]),
+                found.conclusion,
                 Cell(found.difference, percent=True),
                 f"{found.counts.only_second} : {found.counts.only_first}",
                 f"{evidence} ({found.test})",
@@ -99,6 +98,7 @@ def _arms(result: Result) -> Section:
             FigureRow(
                 label=arm.name, estimate=getattr(arm, field), meaning=meaning, fair=fair,
                 percent=field != "kappa", name=field,
+                scale=(-1.0, 1.0) if field == "kappa" else (0.0, 1.0),
             )
             for arm in result.figures
         ]  # fmt: skip
