@@ -54,6 +54,16 @@ def test_judge_names_file_and_line(tmp_path: Path, capsys: pytest.CaptureFixture
     assert not out.exists()
 
 
+def test_a_flag_may_stand_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    candidates = write_candidates(tmp_path / "c.jsonl", {"p": [1.0, 2.0]})
+    words = ["judge", "--candidates", str(candidates), "--out", str(tmp_path / "out")]
+    for flag in (["--dry-run"], ["--dry-run", "True"], ["--dry_run"]):
+        assert main([*words, *flag, "--seed", "3"]) == 0
+        assert main([*words, "--seed", "3", *flag]) == 0
+        assert capsys.readouterr().out.count("nothing was sent") == 2
+    assert not (tmp_path / "out").exists()
+
+
 def test_labels_that_are_not_single_tokens(
     tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str], root: Path
 ) -> None:

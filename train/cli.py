@@ -70,7 +70,7 @@ def parse_options(kind: type[Any], name: str, words: list[str]) -> Any:
         _check_words(kind, name, words, given=set(table))
     return tyro.cli(
         kind,
-        args=words,
+        args=_bare_flags(kind, words),
         prog=f"rlaif {name}",
         default=default,
         description=COMMANDS[name].help,
@@ -93,15 +93,16 @@ def _check_words(kind: type[Any], name: str, words: list[str], *, given: set[str
         raise RecipeError(f"rlaif {name} needs {', '.join(missing)} (or a --recipe that has them)")
 
 
-def _option_names(kind: type[Any], prefix: str = "--") -> list[str]:
-    """Return every option of an options class; nested ones are joined by dots."""
+def _option_names(kind: type[Any], prefix: str = "--", *, of: type | None = None) -> list[str]:
+    """Return every option of an options class (or those of one type); nested are joined by dots."""
     names = []
     hints = typing.get_type_hints(kind)
     for entry in dataclasses.fields(kind):
         name = prefix + entry.name.replace("_", "-")
-        names.append(name)
+        if of is None or hints[entry.name] is of:
+            names.append(name)
         if dataclasses.is_dataclass(hints[entry.name]):
-            names += _option_names(hints[entry.name], f"{name}.")
+            names += _option_names(hints[entry.name], f"{name}.", of=of)
     return names
 
 
@@ -129,6 +130,17 @@ def _name_first(kind: type[Any], words: list[str]) -> list[str]:
         named += [f"--{entry.name.replace('_', '-')}", *words[:taken]]
         words, bare = words[taken:], bare - taken
     return [*named, *words]
+
+
+def _bare_flags(kind: type[Any], words: list[str]) -> list[str]:
+    """Let ``--dry-run`` stand for ``--dry-run True``."""
+    flags = set(_option_names(kind, of=bool))
+    given: list[str] = []
+    for word, following in zip(words, [*words[1:], "--"], strict=True):
+        given.append(word)
+        if word.replace("_", "-") in flags and following.startswith("--"):
+            given.append("True")
+    return given
 
 
 def _take_recipe(words: list[str]) -> tuple[str | None, list[str]]:
