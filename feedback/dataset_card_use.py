@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -91,13 +92,13 @@ def rows_section(manifests: Sequence[Mapping[str, Any]], splits: Splits) -> str:
         table(["config", *map(code, names)], sizes),
         "All rows of a prompt are in one split.",
     ]
-    counts = [
-        [code(manifest["kind"]), plain(bucket), f"{count:,}"]
-        for manifest in manifests
-        for bucket, count in (manifest.get("counts") or {}).items()
-    ]
+    counts: Counter[tuple[str, str]] = Counter()
+    for manifest in manifests:
+        for bucket, count in (manifest.get("counts") or {}).items():
+            counts[manifest["kind"], bucket] += count
     if counts:
-        parts.append(table(["shards of", "rows that are", "count"], counts))
+        rows = [[code(kind), plain(bucket), f"{n:,}"] for (kind, bucket), n in counts.items()]
+        parts.append(table(["shards of", "rows that are", "count"], rows))
     for config in splits:
         columns = [[code(name), *words] for name, words in COLUMNS.get(config, {}).items()]
         parts += [f"### Columns of {code(config)}", table(["column", "type", "meaning"], columns)]

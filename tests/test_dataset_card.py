@@ -228,6 +228,25 @@ def test_a_merged_set_shows_every_source(
     assert text.count("position_bias.order_consistency") >= 2
 
 
+def test_the_splits_of_a_merge_are_one_source(judged: Path, tmp_path: Path) -> None:
+    splits = {"train": 0.5, "test": 0.5}
+    merge(MergeOptions(sources=(judged / "preferences",), out=tmp_path, splits=splits))
+    folders = [tmp_path / "train", tmp_path / "test"]
+    sizes = {"preferences": {"train": 45, "test": 45}}
+    text = dataset_card(folders, repo="user/set", splits=sizes, details=DETAILS)
+    assert "### Source" not in text
+    assert "| `preferences` | decided | 90 |" in text
+
+
+def test_all_folders_of_a_run_are_one_source(judged: Path) -> None:
+    kinds = ("preferences", "rankings", "verdicts")
+    splits = {kind: {"train": 1} for kind in kinds}
+    folders = [judged / kind for kind in kinds]
+    text = dataset_card(folders, repo="user/set", splits=splits, details=DETAILS)
+    assert "### Source" not in text
+    assert text.count("### Known biases") == 1 and text.count("**Verdicts**") == 1
+
+
 @pytest.fixture(scope="module")
 def leaning(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The card of a judge that is pulled to the first place and to length, with gold and people."""
