@@ -136,7 +136,8 @@ def _bare_flags(kind: type[Any], words: list[str]) -> list[str]:
     """Let ``--dry-run`` stand for ``--dry-run True``."""
     flags = set(_option_names(kind, of=bool))
     given: list[str] = []
-    for word, following in zip(words, [*words[1:], "--"], strict=True):
+    for place, word in enumerate(words):
+        following = words[place + 1] if place + 1 < len(words) else "--"
         given.append(word)
         if word.replace("_", "-") in flags and following.startswith("--"):
             given.append("True")
