@@ -6,6 +6,8 @@ from typing import Any
 
 from feedback.records import (
     Candidates,
+    Comparison,
+    GoldPair,
     Preference,
     Prompt,
     PromptText,
@@ -49,4 +51,6 @@ def content_key(row: Any) -> str:
         return content_id("ranking", _normal(row.prompt), texts)
     if isinstance(row, Candidates | Prompt):
         return prompt_key(row.prompt)
+    if isinstance(row, GoldPair | Comparison):
+        return content_id("pair", row.prompt_id, sorted((row.a, row.b)))
     return str(row.verdict_id)

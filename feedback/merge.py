@@ -26,6 +26,7 @@ from feedback.filtering import row_filter
 from feedback.gate import merged_gate
 from feedback.merge_rows import (
     merge_candidates,
+    merge_gold,
     merge_preferences,
     merge_rankings,
     merge_verdicts,
@@ -218,6 +219,7 @@ _MERGERS: dict[str, Callable[[list[Any], Counter[str]], Any]] = {
     "rankings": merge_rankings,
     "candidates": merge_candidates,
     "verdicts": merge_verdicts,
+    "gold": merge_gold,
 }
 
 

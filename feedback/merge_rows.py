@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from feedback.content import pair_sides
 from feedback.errors import ShardError
@@ -18,6 +18,7 @@ from feedback.ranking import RankedPair, rank_pairs, tied_groups
 from feedback.records import (
     Candidates,
     Completion,
+    GoldPair,
     Preference,
     Ranking,
     Verdict,
@@ -25,9 +26,17 @@ from feedback.records import (
     normalise_text,
 )
 
-__all__ = ["merge_candidates", "merge_preferences", "merge_rankings", "merge_verdicts"]
+__all__ = [
+    "merge_candidates",
+    "merge_gold",
+    "merge_preferences",
+    "merge_rankings",
+    "merge_verdicts",
+]
 
 _DIGITS = 12
+GoldLabel = Literal["a", "b", "tie"]
+_OTHER_WAY: dict[GoldLabel, GoldLabel] = {"a": "b", "b": "a", "tie": "tie"}
 Votes = list[dict[str, Any]]
 
 
@@ -184,6 +193,49 @@ def merge_candidates(rows: Sequence[Candidates], counts: Counter[str]) -> Candid
     gold = next((row.gold for row in rows if row.gold is not None), None)
     meta = {key: value for row in reversed(rows) for key, value in row.meta.items()}
     return replace(rows[0], completions=completions, gold=gold, meta=meta)
+
+
+def merge_gold(rows: Sequence[GoldPair], counts: Counter[str]) -> GoldPair:
+    """Return one gold pair with every person's vote; the label is what most of them say.
+
+    A row without votes is one vote, of somebody unknown. Where most say neither side, it is a tie.
+    """
+    first = rows[0]
+    turned = list(
+        {content_id(row.label, row.votes, row.annotators): row for row in
+         (_turned(row, first) for row in rows)}.values()
+    )  # fmt: skip
+    counts["duplicates"] += len(rows) - 1
+    if len(turned) == 1:
+        return first
+    conflict = len({row.label for row in turned}) > 1
+    counts["conflicts, kept as votes" if conflict else "agreeing labels, kept as votes"] += 1
+    votes: list[tuple[str, GoldLabel]] = []
+    for row in turned:
+        said = row.votes or [row.label]
+        people = row.annotators if len(row.annotators) == len(said) else [""] * len(said)
+        votes += [
+            vote for vote in zip(people, said, strict=True) if not vote[0] or vote not in votes
+        ]
+    told = Counter(label for _, label in votes)
+    label: GoldLabel = "a" if told["a"] > told["b"] else "b" if told["b"] > told["a"] else "tie"
+    if told["tie"] > max(told["a"], told["b"]):
+        label = "tie"
+    named = all(person for person, _ in votes)
+    return replace(
+        first,
+        label=label,
+        votes=[label for _, label in votes],
+        annotators=[person for person, _ in votes] if named else [],
+    )
+
+
+def _turned(row: GoldPair, first: GoldPair) -> GoldPair:
+    """Return a row with a and b as in the first one."""
+    if row.a == first.a:
+        return row
+    votes = [_OTHER_WAY[vote] for vote in row.votes]
+    return replace(row, a=row.b, b=row.a, label=_OTHER_WAY[row.label], votes=votes)
 
 
 def merge_verdicts(rows: Sequence[Verdict], counts: Counter[str]) -> Verdict:

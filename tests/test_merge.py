@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from feedback.errors import GateRefused, RecipeError, ShardError
 from feedback.gate import require_gate
 from feedback.merge import MergeOptions, merge, split_of
+from feedback.observations import load_gold
 from feedback.records import (
     Candidates,
     Completion,
+    GoldPair,
     JudgeIdentity,
     Preference,
     Ranking,
@@ -166,6 +169,44 @@ def test_a_call_that_was_answered_twice_keeps_both_answers(tmp_path: Path) -> No
     assert merged.winner == "a" and merged.meta["votes"][0]["winner"] == "b"
     assert counts["conflicts, kept as votes"] == 1
     assert read_manifest(tmp_path / "all")["counts"] == {"decided": 1}
+
+
+def gold(label: str, *, other_way: bool = False, **fields: Any) -> GoldPair:
+    a, b = ("y", "x") if other_way else ("x", "y")
+    return GoldPair(prompt_id="p", a=a, b=b, label=label, **fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("rows", "label", "votes", "annotators"),
+    [
+        ([gold("a"), gold("b", other_way=True)], "a", [], []),
+        ([gold("a"), gold("b")], "tie", ["a", "b"], []),
+        (
+            [
+                gold("a", votes=["a"], annotators=["ann"]),
+                gold("a", other_way=True, votes=["a"], annotators=["bob"]),
+                gold("b", votes=["b", "a"], annotators=["cat", "ann"]),
+            ],
+            "b",
+            ["a", "b", "b"],
+            ["ann", "bob", "cat"],
+        ),
+        ([gold("tie"), gold("tie", votes=["tie", "a"])], "tie", ["tie", "tie", "a"], []),
+    ],
+)
+def test_gold_of_several_people_becomes_votes(
+    tmp_path: Path, rows: list[GoldPair], label: str, votes: list[str], annotators: list[str]
+) -> None:
+    folders = []
+    for number, one in enumerate(rows):
+        with ShardWriter[GoldPair](tmp_path / str(number), "gold") as writer:
+            writer.append(one)
+            writer.finish({})
+        folders.append(tmp_path / str(number))
+    merge(MergeOptions(sources=tuple(folders), out=tmp_path / "all"))
+    ((key, merged),) = load_gold(tmp_path / "all").items()
+    assert key == ("p", "x", "y") and (merged.a, merged.label) == ("x", label)
+    assert (merged.votes, merged.annotators) == (votes, annotators)
 
 
 def test_one_prompt_under_two_names_is_in_one_split(tmp_path: Path) -> None:
