@@ -160,6 +160,15 @@ run(options(Path(sys.argv[1]), Path(sys.argv[2]), "cut"))
 
 
 @pytest.mark.slow
+def test_a_finished_run_is_not_replaced_in_silence(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(options(tmp_path, tiny_model, "once", save_every=0, max_steps=2))
+    assert "replaces" not in capsys.readouterr().err
+    run(options(tmp_path, tiny_model, "once", save_every=0, max_steps=2, beta=0.5))
+    assert "replaces a finished run (beta differ)" in capsys.readouterr().err
+
+
 def test_kill_minus_nine(tmp_path: Path, tiny_model: Path, root: Path) -> None:
     """The process dies without a word while it trains; the next one ends as if nothing happened."""
     run(options(tmp_path, tiny_model, "whole"))

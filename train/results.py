@@ -193,11 +193,13 @@ def _checkpoint(options: TrainOptions, command: str, *, write: bool) -> Path | N
     folder = options.output / "checkpoints"
     path = options.output / "run.json"
     identity = {"command": command, **_identity(options)}
+    changed = []
+    if path.is_file():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        changed = [key for key in identity if identity[key] != known.get(key)]
     if options.resume and folder.is_dir() and path.is_file():
         newest = newest_checkpoint(folder)
-        known = json.loads(path.read_text(encoding="utf-8"))
         if newest is not None:
-            changed = [key for key in identity if identity[key] != known.get(key)]
             if changed:
                 raise InputError(
                     f"checkpoints of another run ({', '.join(changed)} differ); choose another "
@@ -206,6 +208,9 @@ def _checkpoint(options: TrainOptions, command: str, *, write: bool) -> Path | N
                 )
             return newest
     if write:
+        if changed and (options.output / RECORD).is_file():
+            names = ", ".join(changed)
+            sys.stderr.write(f"{options.output}: replaces a finished run ({names} differ)\n")
         shutil.rmtree(folder, ignore_errors=True)
         (options.output / RECORD).unlink(missing_ok=True)
         write_json(path, identity)

@@ -8,15 +8,18 @@ Reads the shipped weights (or ``--assistant``, ``--second-judge``), runs on the 
 from __future__ import annotations
 
 import argparse
-import json
+import os
+import platform
 import random
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from feedback.pocket import model_path
+from feedback.shards import package_versions, write_json
 from recipes.pocket_model.bookings import good_reply, make_booking
 from recipes.pocket_model.contests import Contest, booking_contest, dialogue_contest
 from recipes.pocket_model.details import collect_details
@@ -129,12 +132,17 @@ def evaluate_judge(
     figures |= {
         f"accuracy_{flaw}": _accuracy(answers, flaws == flaw) for flaw in sorted(set(flaws))
     }
-    for name, pairs in samples.items():
+    for name, pairs in {**samples, "": [*samples["dialogue"], *samples["booking"]]}.items():
         own = compare(model, tokenizer, pairs)
-        figures[f"accuracy_true_vs_sample_{name}"] = _accuracy(own, np.ones(len(pairs), bool))
-        figures[f"order_consistency_true_vs_sample_{name}"] = own.consistency
         confidence = np.maximum(own.preferred, 1 - own.preferred)
-        figures[f"ece_true_vs_sample_{name}"] = calibration_error(confidence, own.preferred > 0.5)
+        found = {
+            "accuracy": _accuracy(own, np.ones(len(pairs), bool)),
+            "order_consistency": own.consistency,
+            "ece": calibration_error(confidence, own.preferred > 0.5),
+            "pairs": float(len(pairs)),
+        }
+        suffix = f"_{name}" if name else ""
+        figures |= {f"{key}_true_vs_sample{suffix}": value for key, value in found.items()}
     return figures
 
 
@@ -183,6 +191,21 @@ def all_figures(
     return figures | selection_figures(assistant, second, prompts=prompts, batch=batch)
 
 
+def _result(figures: dict[str, float], options: argparse.Namespace) -> dict[str, Any]:
+    """Return the figures as a file of benchmarks/results holds them."""
+    shipped = model_path("policy").parent
+    size = sum(path.stat().st_size for path in shipped.rglob("*") if path.is_file()) / 1e6
+    return {
+        "bench": "pocket",
+        "command": f"python -m recipes.pocket_model.evaluate --data lm_dialogue.jsonl.gz "
+        f"--count {options.count} --prompts {options.prompts} --json benchmarks/results/pocket.json",
+        "date": date.today().isoformat(),
+        "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()})",
+        "versions": package_versions(),
+        "figures": figures | {"megabytes": size},
+    }
+
+
 def main() -> None:
     """Print the figures of the shipped weights."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -202,7 +225,7 @@ def main() -> None:
     for name, value in figures.items():
         print(f"{name:58s} {value:.4f}")
     if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_json(options.json, _result(figures, options))
 
 
 if __name__ == "__main__":
