@@ -7,6 +7,7 @@ fit has not seen. ``rlaif pair --calibration`` applies the file.
 from __future__ import annotations
 
 import datetime
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -25,6 +26,8 @@ __all__ = ["CalibrateOptions", "Fitted", "calibrate", "run"]
 
 # Below so many pairs on either side the figures say too little to act on.
 _FEW = 50
+# Isotonic maps follow noise below about so many (Niculescu-Mizil and Caruana 2005, figure 8).
+_FEW_ISOTONIC = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +65,20 @@ class Fitted(NamedTuple):
     points: dict[str, list[tuple[float, float, float | None, float | None, int]]]
     """Reliability: (stated, observed, low, high, n) per bin, before and after."""
     held_out: int
-    needed: int | None
-    """Gold pairs that would pin the temperature down to a quarter."""
+    needed: int
+    """Gold pairs, both sides of the split together, that would do: to pin the temperature down to a
+    quarter (or for an isotonic map not to follow noise), and to see what it is worth."""
+
+    @property
+    def warning(self) -> str | None:
+        """Say that the slice is too small, and what would do; None where it is not."""
+        pairs = self.calibration.pairs
+        if pairs + self.held_out >= self.needed:
+            return None
+        return (
+            f"{pairs} pairs to fit and {self.held_out} to check are few; about {self.needed:,} "
+            "pairs would do"
+        )
 
 
 def run(options: CalibrateOptions) -> None:
@@ -78,9 +93,8 @@ def run(options: CalibrateOptions) -> None:
         say(f"{one.judge.model}, {one.template}: {detail}, from {one.pairs} pairs")
         for name in fitted.before:
             say(f"  {name}: {fitted.before[name]} -> {fitted.after[name]}")
-        if min(one.pairs, fitted.held_out) < _FEW:
-            more = f"; about {fitted.needed} pairs would do" if fitted.needed else ""
-            say(f"  warning: {one.pairs} pairs to fit and {fitted.held_out} to check are few{more}")
+        if fitted.warning is not None:
+            say(f"  warning: {fitted.warning}")
     say(f"calibration: {options.out} (rlaif pair --calibration {options.out})")
 
 
@@ -104,6 +118,7 @@ def calibrate(options: CalibrateOptions) -> list[Fitted]:
             "judge": entry.calibration.judge.model,
             "template": entry.calibration.template,
             "held_out_pairs": entry.held_out,
+            "warning": entry.warning,
             "before": {name: value.to_dict() for name, value in entry.before.items()},
             "after": {name: value.to_dict() for name, value in entry.after.items()},
         }
@@ -126,7 +141,7 @@ def calibrate(options: CalibrateOptions) -> list[Fitted]:
 def _fit(pairs: Pairs, options: CalibrateOptions) -> Fitted:
     import numpy as np
 
-    from feedback.calibration import apply, fit_isotonic, fit_temperature, labels_needed
+    from feedback.calibration import apply, fit_isotonic, fit_temperature
     from feedback.records import content_id
 
     known = np.isfinite(pairs.mean_p) & np.isfinite(pairs.gold)
@@ -162,8 +177,15 @@ def _fit(pairs: Pairs, options: CalibrateOptions) -> Fitted:
         after=figures["after"],
         points={name: _points(p, label[check], pairs.prompt[check]) for name, p in stated.items()},
         held_out=int(check.sum()),
-        needed=labels_needed(one),
+        needed=_needed(one, options),
     )
+
+
+def _needed(one: Calibration, options: CalibrateOptions) -> int:
+    from feedback.calibration import labels_needed
+
+    to_fit = _FEW_ISOTONIC if one.method == "isotonic" else max(labels_needed(one) or 0, _FEW)
+    return math.ceil(max(to_fit / (1 - options.held_out), _FEW / options.held_out))
 
 
 def _figures(
@@ -218,7 +240,7 @@ def _points(
 
 
 def _page(fitted: list[Fitted]) -> str:
-    from feedback.page.components import FigureRow, Section, figure_table, plot, plots
+    from feedback.page.components import FigureRow, Section, figure_table, note, plot, plots
     from feedback.page.plots import reliability_plot
     from feedback.page.shell import render_page
 
@@ -252,7 +274,10 @@ def _page(fitted: list[Fitted]) -> str:
             else f"Fitted on {one.pairs} pairs of {one.prompts} prompts: {len(one.knots)} knots."
         )
         title = f"{one.judge.model}, {one.template}"
-        sections.append(Section(f"arm-{number}", title, lead, [figure_table(rows), plots(drawn)]))
+        blocks = [figure_table(rows), plots(drawn)]
+        if entry.warning is not None:
+            blocks.insert(0, note(f"{entry.warning}.", kind="warning"))
+        sections.append(Section(f"arm-{number}", title, lead, blocks))
     return render_page(
         title="Probabilities that keep their word",
         kicker="calibration",

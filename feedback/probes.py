@@ -67,6 +67,8 @@ class Probe:
     """Which completion is edited, by the judge's own verdict."""
     edit: Edit
     injection: bool = False
+    caution: str = ""
+    """What a reader must weigh before calling a low rate bias."""
 
 
 def _append(text: str) -> Edit:
@@ -107,6 +109,8 @@ PROBES: tuple[Probe, ...] = (
         title="An irrelevant remark",
         target="better",
         edit=_append("By the way, the museum's bicycle collection is closed on Mondays."),
+        caution="A rubric that asks to keep to the matter makes the remark a real fault; then a "
+        "low rate is the rubric obeyed, not bias.",
     ),
     Probe(
         name="sentiment_cheerful",
@@ -119,6 +123,8 @@ PROBES: tuple[Probe, ...] = (
         title="An angry tone",
         target="better",
         edit=_prepend("Honestly, I am tired of being asked such things, but here you are."),
+        caution="A rubric that asks for politeness makes it a real fault; then a low rate is the "
+        "rubric obeyed, not bias.",
     ),
     Probe(
         name="identity",
@@ -281,6 +287,8 @@ def probe_section(
             figures.append(_injection(probe, sample, base, verdicts, groups))
             continue
         meaning = f"Share of verdicts unchanged when it is added to the {probe.target} answer."
+        if probe.caution:
+            meaning += f" {probe.caution}"
         figures.append(_rate(f"robustness.{name}", probe.title, base, verdicts, groups, meaning))
         figures += _shift(probe, sample, base, verdicts, groups, resampler)
     return CardSection(

@@ -54,12 +54,12 @@ def recorded(tmp_path: Path, pairs: int, temperature: float, bias: float) -> tup
 
 
 def test_over_confidence_is_cured_on_pairs_the_fit_has_not_seen(tmp_path: Path) -> None:
-    verdicts, gold = recorded(tmp_path, 800, temperature=3.0, bias=0.6)
+    verdicts, gold = recorded(tmp_path, 1000, temperature=3.0, bias=0.6)
     out = tmp_path / "calibration.json"
     (fitted,) = calibrate(CalibrateOptions(verdicts=verdicts, gold=gold, out=out))
     assert fitted.calibration.temperature == pytest.approx(3.0, rel=0.3)
     assert fitted.calibration.bias == pytest.approx(0.6, abs=0.02)
-    assert fitted.calibration.pairs + fitted.held_out == 800
+    assert fitted.calibration.pairs + fitted.held_out == 1000
     for name in ("ECE", "Brier", "NLL"):
         before, after = fitted.before[name], fitted.after[name]
         assert after.value is not None and before.value is not None
@@ -68,6 +68,7 @@ def test_over_confidence_is_cured_on_pairs_the_fit_has_not_seen(tmp_path: Path) 
     assert ("some-judge", "0" * 64) in load_calibrations(out)
     assert json.loads(out.read_text())["report"][0]["held_out_pairs"] == fitted.held_out
     assert "<svg" in out.with_suffix(".html").read_text()
+    assert fitted.warning is None
 
 
 def test_isotonic_is_an_option(tmp_path: Path) -> None:
@@ -77,6 +78,7 @@ def test_isotonic_is_an_option(tmp_path: Path) -> None:
     )
     (fitted,) = calibrate(options)
     assert fitted.after["NLL"].value < fitted.before["NLL"].value  # type: ignore[operator]
+    assert fitted.warning is not None and "about 2,000 pairs would do" in fitted.warning
 
 
 def test_fitting_and_reporting_on_the_same_rows_is_refused(tmp_path: Path) -> None:
@@ -93,6 +95,7 @@ def test_too_few_pairs_are_an_error_and_few_a_warning(
     run(CalibrateOptions(verdicts=verdicts, gold=gold, out=tmp_path / "c.json"))
     shown = capsys.readouterr().out
     assert "warning" in shown and "pairs would do" in shown
+    assert "pairs would do" in (tmp_path / "c.html").read_text()
     (tmp_path / "none.jsonl").write_bytes(
         encode(GoldPair(prompt_id="other", a="x", b="y", label="a")) + b"\n"
     )
