@@ -30,7 +30,8 @@ def making_sections(origins: Sequence[Origin]) -> list[str]:
     for number, origin in enumerate(origins, start=1):
         if len(origins) > 1:
             parts.append(f"### Source {number}: {plain(origin.name)}")
-        parts += [_sampling(origin), _judging(origin), _pairing(origin), _cost(origin)]
+        parts += [_sampling(origin), _judging(origin), _panel(origin)]
+        parts += [_pairing(origin), _cost(origin)]
     parts += list(_templates(origins))
     parts += list(_rubrics(origins))
     return [part for part in parts if part]
@@ -104,6 +105,32 @@ def _judging(origin: Origin) -> str:
         "begun": record.get("started"),
     }
     return _facts("Verdicts", facts)
+
+
+def _panel(origin: Origin) -> str:
+    """Return what each of several judges did, and how far they agree."""
+    report = origin.judging.get("panel")
+    if not report or len(origin.judges) != len(report["calls"]):
+        return ""
+    names = [code(public_model(judge["model"])) for judge in origin.judges]
+    rows = [
+        [name, f"{calls:,}", f"${cost:,.2f}" if cost else "", *map(_share, agreement)]
+        for name, calls, cost, agreement in zip(
+            names, report["calls"], report["cost"], report["agreement"], strict=True
+        )
+    ]
+    worth = report.get("effective_judges")
+    parts = [
+        "**The judges**",
+        table(["judge", "calls", "cost", *(f"agrees with {name}" for name in names)], rows),
+        f"Agreement is the share of {plain(report.get('of', 'pairs'))} on which two judges say "
+        "the same." + (f" Together they are worth {worth:g} independent judges." if worth else ""),
+    ]
+    return "\n\n".join(parts)
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
 
 
 def _pairing(origin: Origin) -> str:

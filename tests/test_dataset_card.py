@@ -24,6 +24,7 @@ from feedback.labeling import JudgeOptions
 from feedback.markdown import code, fence, plain, table
 from feedback.merge import MergeOptions, merge
 from feedback.pairing import PairOptions
+from feedback.panel import PanelJudge, PanelOptions
 from feedback.records import Candidates, Preference, Ranking, Verdict
 from feedback.report import ReportOptions
 from feedback.report import run as run_report
@@ -245,6 +246,26 @@ def test_all_folders_of_a_run_are_one_source(judged: Path) -> None:
     text = dataset_card(folders, repo="user/set", splits=splits, details=DETAILS)
     assert "### Source" not in text
     assert text.count("### Known biases") == 1 and text.count("**Verdicts**") == 1
+
+
+def test_a_panel_is_shown_judge_by_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judges = {name: Scripted(name, mass=0.99) for name in ("first", "second")}
+    monkeypatch.setattr(labeling, "open_backend", lambda options: judges[options.model])
+    write_candidates(tmp_path / "candidates.jsonl", {f"p{n}": [0.0, 1.0, 2.5] for n in range(9)})
+    panel = PanelOptions(judges=(PanelJudge(engine=EngineOptions(model="second")),))
+    labeling.run(
+        JudgeOptions(
+            candidates=tmp_path / "candidates.jsonl",
+            out=tmp_path / "verdicts",
+            engine=EngineOptions(model="first"),
+            panel=panel,
+        )
+    )
+    folder = tmp_path / "verdicts"
+    text = dataset_card([folder], repo=None, splits={"verdicts": {"train": 1}}, details=DETAILS)
+    assert "| judges | `first`, `second` |" in text
+    assert "| judge | calls | cost | agrees with `first` | agrees with `second` |" in text
+    assert "| `second` | 54 |  | 100.0% | 100.0% |" in text
 
 
 @pytest.fixture(scope="module")
