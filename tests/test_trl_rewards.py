@@ -104,6 +104,57 @@ def test_a_trainer_of_trl_learns_from_the_judge(
     json.dumps(trainer.state.log_history)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
+def test_a_trainer_of_trl_runs_with_the_embedded_policy_and_judges(
+    kind: str, tmp_path: Path
+) -> None:
+    """One judge rewards against reference replies in both orders, another says who wins."""
+    import trl
+    from datasets import Dataset
+
+    from feedback.config import EngineOptions
+    from feedback.pocket import model_path
+    from feedback.records import Prompt, prompt_messages
+    from feedback.sampling import prompt_source
+    from feedback.shards import read_rows
+
+    requests = list(read_rows(prompt_source(Path("booking-train")), Prompt))
+    # Messages, so that TRL applies the chat template that the policy was trained with.
+    asked: Any = [prompt_messages(row.prompt) for row in requests[:8]]
+    rows = [{"prompt": prompt, "answer": "What time would you like?"} for prompt in asked]
+    rewards = JudgeRewards(
+        EngineOptions(model="pocket:judge", device="cpu"),
+        template="pairwise", rubric="booking", reference="answer", cache=tmp_path / "replies",
+    )  # fmt: skip
+    settings = getattr(trl, f"{kind}Config")(
+        output_dir=str(tmp_path / "out"), max_steps=2, num_generations=4, max_completion_length=24,
+        per_device_train_batch_size=16, learning_rate=1e-4, report_to="none", use_cpu=True,
+        bf16=False, logging_steps=1, save_strategy="no", gradient_checkpointing=False, seed=1,
+        disable_tqdm=True,
+    )  # fmt: skip
+    trainer = getattr(trl, f"{kind}Trainer")(
+        model=str(model_path("pocket:policy")), reward_funcs=rewards, args=settings,
+        train_dataset=Dataset.from_list(rows),
+    )  # fmt: skip
+    judge = EngineOptions(model="pocket:second-judge", device="cpu")
+    callback = WinRateCallback(
+        trainer, judge, asked, rubric="booking", every=2, max_tokens=24
+    )  # fmt: skip
+    trainer.add_callback(callback)
+    trainer.train()
+    logged = [row for row in trainer.state.log_history if "reward" in row]
+    assert len(logged) == 2
+    for row in logged:
+        assert -1 <= row["reward"] <= 1
+        assert row["reward_std"] > 0
+        assert row["judge/failed"] == 0
+    # Two orders of each of 32 completions, less those that were written twice.
+    assert 32 <= rewards.scorer.outcomes["decided"] <= 64
+    assert callback.latest is not None
+    assert callback.latest.n == 8
+
+
 class _Trainer:
     """What the callback needs of a trainer."""
 

@@ -2,9 +2,10 @@
 
     from train.trl_rewards import JudgeRewards, WinRateCallback
 
-    rewards = JudgeRewards(EngineOptions(model="pocket:judge"))
+    rewards = JudgeRewards(EngineOptions(model="pocket:judge"), template="pairwise")
     trainer = GRPOTrainer(model=..., reward_funcs=rewards, ...)
-    trainer.add_callback(WinRateCallback(trainer, EngineOptions(model="pocket:judge"), prompts))
+    second = EngineOptions(model="pocket:second-judge")
+    trainer.add_callback(WinRateCallback(trainer, second, prompts))
 
 Calls are batched and each is asked once; one that fails or holds no verdict is None, which TRL
 leaves out of the group's mean instead of counting it as 0.
@@ -129,12 +130,13 @@ class WinRateCallback(TrainerCallback):
         judge: engine and model.
         prompts: texts or chat messages that training does not see.
         template: pairwise judge template.
+        rubric: criteria; None: the template's.
         baseline: completions to compare with, one per prompt; None: sampled before training.
         every: steps between comparisons; 0: at every evaluation.
         max_tokens: longest completion.
         temperature: of the samples.
         seed: of the samples.
-        scorer: an opened judge instead of ``judge`` and ``template``.
+        scorer: an opened judge instead of ``judge``, ``template`` and ``rubric``.
     """
 
     def __init__(
@@ -144,6 +146,7 @@ class WinRateCallback(TrainerCallback):
         prompts: Sequence[PromptText] = (),
         *,
         template: str = "pairwise",
+        rubric: str | None = None,
         baseline: Sequence[str] | None = None,
         every: int = 0,
         max_tokens: int = 128,
@@ -160,7 +163,7 @@ class WinRateCallback(TrainerCallback):
         self.max_tokens = max_tokens
         self.temperature = temperature
         self.seed = seed
-        self.scorer = scorer if scorer is not None else _open(judge, template, None, None)
+        self.scorer = scorer if scorer is not None else _open(judge, template, rubric, None)
         self.latest: Estimate | None = None
         """The newest win rate."""
 
