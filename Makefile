@@ -8,7 +8,7 @@ RECIPE ?= recipes/pocket.toml
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: help setup setup-test demo demo-short test check lint types generate-train abtest \
-	compare bench bench-judge bench-train bench-ppo clean
+	compare compare-study bench bench-judge bench-train bench-ppo clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -58,6 +58,11 @@ abtest: setup ## judge templates against each other on gold pairs: RECIPE=...
 
 compare: setup ## SFT, best-of-n, DPO, RRHF and PPO at equal compute, with the embedded model
 	$(BIN)/rlaif compare --recipe recipes/compare.toml
+
+# Adds to what `make compare` has done: nothing that is finished is done again. An hour or more.
+compare-study: setup ## make compare with three seeds, gold labels and a judge that likes length
+	$(BIN)/rlaif compare --recipe recipes/compare.toml --seeds 0 1 2 --parts methods labels bias
+	$(BIN)/python benchmarks/compare.py
 
 # --- checking --------------------------------------------------------------------------------
 

@@ -1,0 +1,72 @@
+"""The comparison's figures, read from its finished run.
+
+    make compare-study            (make compare, with three seeds and both experiments)
+    python benchmarks/compare.py [runs/compare]
+
+Writes benchmarks/results/compare.json. Seconds are those of the machine that ran it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from feedback.shards import write_json
+
+ROOT = Path(__file__).parent.parent
+
+
+def figures(record: Mapping[str, Any]) -> dict[str, float]:
+    """Return the comparison's figures as one flat map."""
+    found: dict[str, float] = {}
+    for algorithm, row in record["methods"].items():
+        rate = next(iter(row["win_rate"].values()))
+        found |= _estimate(f"win_rate_{algorithm}", rate["win_rate"])
+        found |= _estimate(f"equal_length_{algorithm}", rate["at_equal_length"])
+        found |= _estimate(f"gold_gain_{algorithm}", row["gold_gain"])
+        for name in ("kl", "reward", "length_gain", "tokens", "seconds", "cpu_seconds", "peak_mib"):
+            found[f"{name}_{algorithm}"] = row[name]
+        for name, value in row["spread"].items():
+            found[f"spread_{name}_{algorithm}"] = value
+    memory = {name: row["peak_mib"] for name, row in record["methods"].items()}
+    if {"rrhf", "ppo"} <= memory.keys():
+        found["rrhf_memory_over_ppo"] = memory["rrhf"] / memory["ppo"]
+    if "labels" in record:
+        found |= _estimate("judge_less_gold_labels", record["labels"]["win_rate_difference"])
+    for kind, rows in record.get("bias", {}).get("labels", {}).items():
+        for algorithm, row in rows.items():
+            for measure in ("length_change", "gold_change"):
+                found |= _estimate(f"bias_{kind}_{measure}_{algorithm}", row[measure])
+    return found
+
+
+def _estimate(name: str, value: Mapping[str, Any]) -> dict[str, float]:
+    ends = {f"{name}_{end}": value[end] for end in ("low", "high") if value[end] is not None}
+    return {name: value["value"], **ends}
+
+
+def main() -> None:
+    """Read, write and print the figures."""
+    run = Path(sys.argv[1]) if sys.argv[1:] else ROOT / "runs" / "compare"
+    record = json.loads((run / "comparison.json").read_text(encoding="utf-8"))
+    result = {
+        "bench": "compare",
+        "command": "make compare-study && python benchmarks/compare.py",
+        "date": datetime.date.today().isoformat(),
+        "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()})",
+        "versions": record["versions"],
+        "figures": figures(record),
+        "runs": {name: value for name, value in record.items() if name != "versions"},
+    }
+    write_json(ROOT / "benchmarks" / "results" / "compare.json", result)
+    print(json.dumps(result["figures"], indent=2))
+
+
+if __name__ == "__main__":
+    main()
