@@ -161,6 +161,9 @@ def test_a_base_model_on_the_hub_is_named_as_one(trained: Path) -> None:
     data = data_of(model_card(trained, record=record))
     assert data["base_model"] == "vendor/base"
     assert data["base_model_relation"] == "finetune"
+    (trained / "adapter_config.json").write_text("{}")
+    data = data_of(model_card(trained, record=record))
+    assert (data["library_name"], data["base_model_relation"]) == ("peft", "adapter")
 
 
 def test_ppo_names_where_its_reward_came_from(tmp_path: Path) -> None:

@@ -108,7 +108,10 @@ def model_card(
         *_loading(record["command"], repo or folder.name),
         *_citation(details.citation),
     ]
-    return _header(record, details) + "\n" + "\n\n".join(filter(None, parts)) + "\n"
+    adapter = (folder / "adapter_config.json").is_file()
+    return (
+        _header(record, details, adapter=adapter) + "\n" + "\n\n".join(filter(None, parts)) + "\n"
+    )
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
@@ -119,7 +122,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _header(record: Mapping[str, Any], details: ModelDetails) -> str:
+def _header(record: Mapping[str, Any], details: ModelDetails, *, adapter: bool) -> str:
     options = record["options"]
     base = str(options["model"])
     known = is_repository(base) and not Path(base).exists()
@@ -128,10 +131,10 @@ def _header(record: Mapping[str, Any], details: ModelDetails) -> str:
         {
             "license": details.license and check_license(details.license),
             "language": check_languages(details.language),
-            "library_name": "transformers",
+            "library_name": "peft" if adapter else "transformers",
             "pipeline_tag": task,
             "base_model": base if known else None,
-            "base_model_relation": "finetune" if known else None,
+            "base_model_relation": ("adapter" if adapter else "finetune") if known else None,
             "datasets": list(details.datasets),
             "tags": list(dict.fromkeys(("rlaif", record["command"], *details.tags))),
         }
