@@ -6,6 +6,7 @@ that breaks things. Then it counts verdicts that were lost, doubled or invented.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -135,6 +136,28 @@ def test_faults_that_pass_cost_nothing(
     assert damage(truth, verdicts(tmp_path / "out")) == Damage(0, 0, 0)
     assert failures(tmp_path / "out") == []
     assert max(verdict.attempts for verdict in verdicts(tmp_path / "out")) > 1
+
+
+TEXT_FAULTS = ("empty_text", "two_choices", "no_choices", "malformed", "not_json", "half", "drop")
+
+
+@pytest.mark.parametrize("fault", TEXT_FAULTS)
+def test_faults_cost_nothing_where_the_verdict_is_text(
+    fault: str, candidates: Path, tmp_path: Path
+) -> None:
+    """Reasons first, then the verdict: an empty or broken text is asked again, never read."""
+    with FaultProxy() as proxy:
+        run = options(candidates, tmp_path / "truth", proxy.base_url)
+        run = dataclasses.replace(run, template="pairwise-rationale")
+        labeling.run(run)
+        plan = fault_proxy.first_time(fault)
+        proxy.plan = lambda number, body: plan(number, body) if b"Topic" in body else None
+        labeling.run(dataclasses.replace(run, out=tmp_path / "out"))
+        assert proxy.broken[fault] == 6 * PROMPTS
+    known = verdicts(tmp_path / "truth")
+    assert {verdict.outcome for verdict in known} == {"decided"}
+    assert damage(known, verdicts(tmp_path / "out")) == Damage(0, 0, 0)
+    assert failures(tmp_path / "out") == []
 
 
 def test_hangs_time_out_and_pass(candidates: Path, truth: list[Verdict], tmp_path: Path) -> None:
