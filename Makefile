@@ -85,6 +85,7 @@ bench: bench-judge bench-train bench-ppo ## every benchmark; results in benchmar
 bench-judge: setup-test
 	$(BIN)/python benchmarks/judge_client.py
 	$(BIN)/python benchmarks/judge_faults.py
+	$(BIN)/python benchmarks/shards_scale.py
 
 bench-train: setup-test
 	$(BIN)/python benchmarks/train_speed.py
