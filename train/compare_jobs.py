@@ -81,6 +81,8 @@ def run_jobs(
         RlaifError: a job failed; the message names its log.
     """
     prints = _fingerprints(jobs, data)
+    for command in {job.command for job in jobs}:
+        _function(command)  # imported here, once, rather than by every child
     results: dict[str, JobResult] = {}
     waiting = list(jobs)
     running: dict[str, tuple[Any, float]] = {}
@@ -167,6 +169,16 @@ def _start(job: Job, folder: Path, parallel: int, fingerprint: str) -> Any:
     return process
 
 
+def _function(command: str) -> Callable[[dict[str, Any]], Any]:
+    """Return what runs a command's table."""
+    if ":" in command:
+        function: Callable[[dict[str, Any]], Any] = load(command)
+        return function
+    entry = COMMANDS[command]
+    options, run = load(entry.options), load(entry.function)
+    return lambda table: run(build_options(options, _plain(table)))
+
+
 def _end_with_parent() -> None:
     """End this process when the comparison does, however that was ended.
 
@@ -191,11 +203,7 @@ def _work(job: Job, folder: Path, parallel: int, fingerprint: str) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     started, idle_mib = time.monotonic(), _resident_mib()
     try:
-        if ":" in job.command:
-            load(job.command)(job.table)
-        else:
-            command = COMMANDS[job.command]
-            load(command.function)(build_options(load(command.options), _plain(job.table)))
+        _function(job.command)(job.table)
     except RlaifError as error:
         os.write(log, f"error: {error}\n".encode())
         os._exit(error.exit_code)

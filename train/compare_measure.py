@@ -67,6 +67,8 @@ class Outcome:
     length: float
     """Mean characters."""
     length_gain: float
+    start: dict[str, float | None]
+    """The starting policy's gold, reward and length."""
     spread: dict[str, float]
     """Standard deviation between seeds of win rate (first judge), gold, KL and length."""
     by_prompt: dict[Measure, dict[str, list[float]]]
@@ -83,6 +85,7 @@ class Outcome:
             "reward": self.reward,
             "length": self.length,
             "length_gain": self.length_gain,
+            "start": self.start,
             "spread": self.spread,
         }
 
@@ -98,7 +101,7 @@ def read_outcome(folders: Sequence[Path], *, kl: float | None = None) -> Outcome
     by_prompt: dict[Measure, dict[str, list[float]]] = {"win": {}, "gold": {}, "length": {}}
     golds: list[tuple[str, float, float]] = []
     per_seed: dict[str, list[float]] = {"win_rate": [], "gold": [], "kl": [], "length": []}
-    rewards: list[float] = []
+    rewards: dict[str, list[float]] = {"new": [], "start": []}
     lengths: list[tuple[int, int]] = []
     for folder in folders:
         record = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
@@ -122,15 +125,22 @@ def read_outcome(folders: Sequence[Path], *, kl: float | None = None) -> Outcome
         sizes = [(len(row.new.completion), len(row.old.completion)) for row in first]
         lengths += sizes
         per_seed["length"].append(statistics.fmean(new for new, _ in sizes))
-        rewards += json.loads((folder / REWARDS).read_text(encoding="utf-8"))["new"]
+        scored = json.loads((folder / REWARDS).read_text(encoding="utf-8"))
+        for side, values in rewards.items():
+            values += scored[side]
     return Outcome(
         win_rates={name: win_rate(rows) for name, rows in meetings.items()},
         gold=_by_prompt([(name, new) for name, new, _ in golds]),
         gold_gain=_by_prompt([(name, new - old) for name, new, old in golds]),
         kl=kl if kl is not None else _average(per_seed["kl"]),
-        reward=statistics.fmean(rewards),
+        reward=statistics.fmean(rewards["new"]),
         length=statistics.fmean(new for new, _ in lengths),
         length_gain=statistics.fmean(new - old for new, old in lengths),
+        start={
+            "gold": _average([old for _, _, old in golds]),
+            "reward": statistics.fmean(rewards["start"]),
+            "length": statistics.fmean(old for _, old in lengths),
+        },
         spread={
             name: statistics.stdev(values) for name, values in per_seed.items() if len(values) > 1
         },

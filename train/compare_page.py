@@ -15,7 +15,7 @@ from feedback.page.shell import render_page
 __all__ = ["NAMES", "render_comparison"]
 
 NAMES = {
-    "sft": "SFT on the best",
+    "sft": "SFT",
     "bon": "Best of n",
     "dpo": "DPO",
     "rrhf": "RRHF",
@@ -26,12 +26,6 @@ _LABELS = {
     "soft": "soft labels, both orders",
     "corrected": "soft, both orders, length taken out",
 }
-
-
-_CAPTION = (
-    "KL in nats per completion; best of n: log n - (n - 1) / n. Seconds and memory of one training "
-    "(best of n: of its samples), memory above that of an idle process."
-)
 
 
 def render_comparison(record: Mapping[str, Any]) -> str:
@@ -103,10 +97,13 @@ def _methods(record: Mapping[str, Any]) -> Section:
     return Section(
         "methods",
         "Against the starting policy",
-        "Win rate over the starting policy, both orders, level ones half; intervals by prompt over "
-        "all seeds. The spread is the standard deviation of the win rate between seeds.",
+        f"Win rate over {record['start']}, both orders, level ones half; intervals by prompt over "
+        "all seeds; the spread is the standard deviation of the win rate between seeds. KL in nats "
+        "per completion (best of n: log n - (n - 1) / n). Seconds and memory are those of one "
+        "training (best of n: of its samples), memory above that of an idle process. SFT is on "
+        "each prompt's best completion.",
         [
-            table(head, rows, caption=_CAPTION),
+            table(head, rows),
             plot(
                 interval_plot(points, name="win-rates", x_label="win rate", fair=0.5),
                 caption="Win rate with its 95% interval.",
@@ -135,8 +132,8 @@ def _curves(record: Mapping[str, Any]) -> Section:
     return Section(
         "curves",
         "Gold against KL",
-        "Copies of each policy on its way (first seed), and best of n for growing n. The distance "
-        "is the square root of the KL divergence to the starting policy.",
+        "From the start over copies of each policy on its way to its end (first seed); best of n "
+        "for growing n. The distance is the square root of the KL divergence to the start.",
         [plots(drawn)] if drawn else [paragraph("The prompts carry no gold check.")],
     )
 

@@ -93,10 +93,10 @@ def _cost(
 
 
 def _curve(shared: Comparison, algorithm: str, jobs: Sequence[Job]) -> list[dict[str, Any]]:
-    """Return points of KL, gold and reward: earlier copies and the end of the first seed."""
+    """Return points of KL, gold and reward: the start, copies on the way, the first seed's end."""
     seed, best_of = shared.options.seeds[0], shared.options.best_of
     prefix = f"evaluate-{algorithm}-{seed}"
-    points = []
+    points: list[dict[str, Any]] = []
     for job in jobs:
         if job.name != prefix and not job.name.startswith(f"{prefix}-"):
             continue
@@ -104,6 +104,8 @@ def _curve(shared: Comparison, algorithm: str, jobs: Sequence[Job]) -> list[dict
         size = int(name.rpartition("-of-")[2]) if "-of-" in name else best_of
         kl = best_of_n_kl(size) if algorithm == "bon" else None
         outcome = read_outcome([_folder(shared, name)], kl=kl)
+        if not points:
+            points.append({"name": "start", "kl": 0.0, **outcome.start})
         points.append(
             {
                 "name": name,
