@@ -72,13 +72,20 @@ class PublishOptions:
     """Folder for files on their way to the Hub; None: beside the first folder."""
 
     def __post_init__(self) -> None:
-        """Refuse what contradicts itself."""
-        if (self.repo is None) == (self.to is None):
-            raise RecipeError("give either --repo NAME (the Hub) or --to DIR (a folder)")
-        if not self.folders:
-            raise RecipeError("name at least one folder to publish")
+        """Refuse shares that are none."""
         if not self.splits or abs(sum(self.splits.values()) - 1) > 1e-6:
             raise RecipeError(f"the shares of --splits sum to {sum(self.splits.values()):g}, not 1")
+
+    def check(self) -> None:
+        """Refuse options that say too little or contradict each other.
+
+        Raises:
+            RecipeError: names the option.
+        """
+        if (self.repo is None) == (self.to is None):
+            raise RecipeError("give either --repo NAME (the Hub) or --to DIR (a folder)")
+        if self.license is None:
+            raise RecipeError("say under which licence: --license cc-by-4.0 (or apache-2.0 ...)")
 
 
 def run(options: PublishOptions) -> None:
@@ -97,6 +104,7 @@ def publish(options: PublishOptions) -> str:
     """
     from feedback.publish_plan import make_plan
 
+    options.check()
     plan = make_plan(options)
     if options.to is not None:
         return _to_folder(plan, options.to)
@@ -136,18 +144,19 @@ def _to_hub(plan: Plan, repo: str) -> str:
     plan = replace(plan, repo=hub.name)
     known = hub.publication()
     message = f"Publish {', '.join(plan.configs)} ({plan.tag})"
+    work = (plan.options.work or plan.sources[0].folder.parent) / f".publish-{plan.tag}"
     if known is not None and known["tag"] == plan.tag:
         stop_at(plan.options, Counter(known["found"]))
         changed = hub.commit({"README.md": plan.card(known).encode()}, message, tag=plan.tag)
         rows = count_rows(known)
     else:
-        work = (plan.options.work or plan.sources[0].folder.parent) / f".publish-{plan.tag}"
         with PublishedTree(work) as tree:
             _write(tree, plan)
             rows = count_rows(tree.manifest)
             files = tree.files()
             changed = hub.commit(files, message, tag=plan.tag, stale=hub.stale(files))
-        shutil.rmtree(work)
+    # Also what an earlier run left behind, if it was cut off after its commit.
+    shutil.rmtree(work, ignore_errors=True)
     if changed:
         say(f"{rows:,} rows at {hub.address}, version {plan.tag}")
     else:

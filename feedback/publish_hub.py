@@ -178,6 +178,12 @@ class HubRepository:
 
     def _upload(self, additions: list[Any]) -> None:
         """Send the large files; those that the Hub has already are skipped by their hash."""
+        import sys
+
+        from huggingface_hub.utils import disable_progress_bars
+
+        if not sys.stderr.isatty():
+            disable_progress_bars()
         left = iter(additions)
         with ProgressBar("uploading files", len(additions)) as bar:
             while some := list(itertools.islice(left, _FILES_AT_ONCE)):

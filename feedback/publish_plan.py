@@ -150,8 +150,6 @@ def make_plan(options: PublishOptions) -> Plan:
         GateRefused: a judge fails its report card, and nobody accepted that by name.
         InputError: a folder is none that can be published, or the terms are not stated.
     """
-    if options.license is None:
-        raise InputError("say under which licence: --license cc-by-4.0 (or apache-2.0, other ...)")
     for path in options.eval_set:
         if not path.is_file():
             raise InputError("no such evaluation set", path=path)

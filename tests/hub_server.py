@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
-__all__ = ["READ_ONLY", "TOKEN", "HubServer"]
+__all__ = ["EXPIRED", "READ_ONLY", "TOKEN", "HubServer", "Repository"]
 
 TOKEN = "hf_" + "write" * 7
 READ_ONLY = "hf_" + "reads" * 7

@@ -70,8 +70,7 @@ def publish_model(options: PublishOptions) -> str:
     if len(options.folders) > 1:
         raise InputError("publish a model's folder by itself", path=options.folders[1])
     (folder,) = options.folders
-    if options.license is None:
-        raise InputError("say under which licence: --license apache-2.0 (or mit, other ...)")
+    options.check()
     record = _record(folder)
     _require_terms(record, options)
     model = _gather(folder, options)
