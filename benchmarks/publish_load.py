@@ -31,62 +31,12 @@ from feedback.shards import ShardWriter, package_versions, write_json
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "publish_load.json"
-WORDS = [
-    "please",
-    "could",
-    "you",
-    "tell",
-    "me",
-    "about",
-    "how",
-    "the",
-    "old",
-    "harbour",
-    "bridge",
-    "was",
-    "built",
-    "and",
-    "why",
-    "it",
-    "still",
-    "stands",
-    "after",
-    "so",
-    "many",
-    "winters",
-    "of",
-    "ice",
-    "wind",
-    "salt",
-    "rain",
-    "trade",
-    "war",
-    "repair",
-    "paint",
-    "and",
-    "very",
-    "careful",
-    "neglect",
-    "because",
-    "people",
-    "who",
-    "cross",
-    "it",
-    "every",
-    "day",
-    "would",
-    "rather",
-    "not",
-    "know",
-    "what",
-    "holds",
-    "it",
-    "up",
-    "or",
-    "for",
-    "how",
-    "long",
-]
+TEXT = (
+    "please could you tell me about how the old harbour bridge was built and why it still stands "
+    "after so many winters of ice wind salt rain trade war repair paint and very careful neglect "
+    "because people who cross it every day would rather not know what holds it up or for how long"
+)
+WORDS = TEXT.split()
 
 
 def rows(number: int) -> Iterator[Preference]:
