@@ -6,6 +6,7 @@ import json
 import math
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import fault_proxy
@@ -439,6 +440,13 @@ def test_proxies_of_the_environment_are_left_to_the_package(
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     assert backend("https://judge.example.org/v1").uses_sdk
     assert not backend("http://127.0.0.1:8000/v1").uses_sdk
+
+
+def test_a_tokenizer_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="cannot load the tokenizer"):
+        backend("http://127.0.0.1:1/v1", extra={"tokenizer": str(tmp_path)})
+    with pytest.raises(RecipeError, match=r"does nothing without extra\.tokenizer"):
+        backend("http://127.0.0.1:1/v1", extra={"max_length": 100})
 
 
 def test_bad_options() -> None:

@@ -35,7 +35,7 @@ from feedback.backends.openai import OpenAIBackend
 from feedback.backends.opening import open_backend
 from feedback.config import EngineOptions
 from feedback.errors import BackendError
-from feedback.records import Message, Verdict
+from feedback.records import Candidates, Completion, Message, Verdict, encode
 from feedback.templates import load_rubric, load_template, render
 
 pytestmark = [
@@ -367,6 +367,30 @@ def test_probe_says_what_the_server_can_do(vllm_server: Server) -> None:
     assert found.logprobs and found.structured_output and text_only.structured_output
     assert found.note.endswith("log-probabilities of any label, structured output")
     assert not text_only.logprobs
+
+
+def test_an_endpoints_tokenizer_cuts_what_is_too_long(vllm_server: Server, tmp_path: Path) -> None:
+    """4096 tokens there; without its tokenizer such a question is an HTTP 400 of its own."""
+    path = tmp_path / "candidates.jsonl"
+    texts = {"a": "so it goes " * 400, "b": "and on " * 900}
+    row = Candidates(
+        prompt_id="p",
+        prompt="Topic?",
+        completions=[
+            Completion(completion_id=name, completion=text, model="m")
+            for name, text in texts.items()
+        ],
+    )
+    path.write_bytes(encode(row) + b"\n")
+    engine: dict[str, Any] = {"model": vllm_server.model}
+    labeling.run(options(path, tmp_path / "whole", vllm_server.base_url, **engine))
+    assert [len(failures(tmp_path / "whole")), len(verdicts(tmp_path / "whole"))] == [2, 0]
+    engine["extra"] = {"tokenizer": str(vllm_server.folder)}
+    labeling.run(options(path, tmp_path / "cut", vllm_server.base_url, **engine))
+    found = verdicts(tmp_path / "cut")
+    assert [verdict.flags for verdict in found] == [["truncated_completions"]] * 2
+    assert {verdict.outcome for verdict in found} == {"decided"}
+    assert all(4000 < verdict.usage.prompt_tokens < 4096 for verdict in found)
 
 
 def test_probe_names_what_is_served(vllm_server: Server) -> None:

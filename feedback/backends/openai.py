@@ -15,7 +15,7 @@ import asyncio
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
 from urllib.parse import SplitResult
 
 from feedback.backends import Capabilities, JudgeCall, JudgeReply, SampleCall, SampleReply
@@ -23,13 +23,16 @@ from feedback.backends.chat_bodies import Bodies, Dialect
 from feedback.backends.chat_replies import SampleReading, read_judge, read_sample
 from feedback.backends.http import HttpTransport, Transport, needs_proxy, split_url
 from feedback.backends.limits import Gate, GateState
-from feedback.backends.probing import probe
+from feedback.backends.probing import probe, served_length
 from feedback.backends.redacting import Redactor
 from feedback.backends.retrying import RequestFailed, RetryBudget, RetryPolicy
 from feedback.backends.window import LoopThread, stream
 from feedback.config import EngineOptions, build_options
-from feedback.errors import BackendError
+from feedback.errors import BackendError, RecipeError
 from feedback.records import JudgeIdentity, Usage
+
+if TYPE_CHECKING:
+    from feedback.backends.chat import ChatTokenizer
 
 __all__ = ["EndpointExtra", "OpenAIBackend", "open_engine"]
 
@@ -69,6 +72,12 @@ class EndpointExtra:
     """Smoothed latency at which fewer requests are kept in flight; None: half of timeout_s."""
     split_n: bool = False
     """Ask for n completions in n requests, for servers that ignore ``n``."""
+    tokenizer: str | None = None
+    """The model's tokenizer, a folder or a name on the Hub: questions that are too long are then
+    cut to the token, both completions alike, and flagged. None: they are sent whole."""
+    max_length: int | None = None
+    """Longest question and reply together, in tokens, beside ``tokenizer``; None: what the server
+    says (vLLM does)."""
     headers: dict[str, str] | None = None
     """Further request headers."""
     body: dict[str, Any] | None = None
@@ -93,7 +102,7 @@ class OpenAIBackend:
     Raises:
         BackendError: the key that a hosted API needs is not in the environment, or ``base_url`` is
             no http(s) URL.
-        RecipeError: ``extra`` holds an unknown key.
+        RecipeError: ``extra`` holds an unknown key, or one that does nothing.
     """
 
     def __init__(self, options: EngineOptions):
@@ -125,6 +134,10 @@ class OpenAIBackend:
             budget=self._budget,
             first_wait_s=self.extra.first_wait_s,
         )
+        if self.extra.max_length is not None and self.extra.tokenizer is None:
+            raise RecipeError("extra.max_length does nothing without extra.tokenizer")
+        self.chat = _tokenizer(self.extra)
+        self.max_length = self.extra.max_length
         self._failures_in_a_row = 0
         self._thread: LoopThread | None = None
         self._transport: Transport | None = None
@@ -195,6 +208,8 @@ class OpenAIBackend:
         assert self._transport is not None
         found = thread.run(probe(self._transport, self.bodies, labels, endpoint=self._endpoint))
         self.bodies.dialect = found.dialect
+        if self.chat is not None and self.max_length is None:
+            self.max_length = thread.run(served_length(self._transport, self.options.model))
         return found.capabilities
 
     def judge(self, calls: Iterable[JudgeCall]) -> Iterator[JudgeReply]:
@@ -338,6 +353,28 @@ class OpenAIBackend:
 def open_engine(options: EngineOptions, path: str) -> OpenAIBackend:
     """Return the backend; ``path`` is not used, since the endpoint holds the model."""
     return OpenAIBackend(options)
+
+
+def _tokenizer(extra: EndpointExtra) -> ChatTokenizer | None:
+    """Return the tokenizer that cuts long questions, if one is named.
+
+    Raises:
+        BackendError: it cannot be loaded.
+    """
+    if extra.tokenizer is None:
+        return None
+    # Seconds of imports, for those who ask for it.
+    from transformers import AutoTokenizer
+
+    from feedback.backends.chat import ChatTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(extra.tokenizer)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise BackendError(f"cannot load the tokenizer {extra.tokenizer!r}: {first}") from error
+    arguments = (extra.body or {}).get("chat_template_kwargs")
+    return ChatTokenizer(tokenizer, template_arguments=arguments)
 
 
 def _secrets(

@@ -23,7 +23,7 @@ from feedback.backends.retrying import RequestFailed
 from feedback.errors import BackendError, nearest
 from feedback.records import Message, Usage
 
-__all__ = ["Found", "probe"]
+__all__ = ["Found", "probe", "served_length"]
 
 _TRIES = 4
 """Tries of a probe against failures that may pass."""
@@ -59,6 +59,7 @@ class _Tokens(msgspec.Struct):
 
 class _Model(msgspec.Struct):
     id: str
+    max_model_len: int | None = None
 
 
 class _Models(msgspec.Struct):
@@ -89,6 +90,17 @@ async def probe(
     if not bodies.dialect.label_ids:
         await prober.check_single_tokens(labels)
     return prober.found(labels, structured=await prober.follows_schema(labels))
+
+
+async def served_length(transport: Transport, model: str) -> int | None:
+    """Return the longest question and reply of a model in tokens, where its server says so."""
+    if not isinstance(transport, _Asking):
+        return None
+    try:
+        served = msgspec.json.decode(await transport.ask("models"), type=_Models).data
+    except (RequestFailed, msgspec.DecodeError):
+        return None
+    return next((entry.max_model_len for entry in served if entry.id == model), None)
 
 
 def _question(text: str, **fields: Any) -> JudgeCall:
