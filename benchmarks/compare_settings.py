@@ -1,13 +1,15 @@
 """Settings of the comparison's algorithms, tried on requests that nothing else uses.
 
-    rlaif compare --recipe recipes/compare.toml          (its data is used)
-    python benchmarks/compare_settings.py SETTINGS.toml [--folder runs/compare]
+    make compare                                         (its data is used)
+    python -m benchmarks.compare_settings SETTINGS.toml [--folder runs/compare]
 
-SETTINGS.toml holds one table per trial: ``[name]`` with ``algorithm`` and whatever of that
-algorithm's table in recipes/compare.toml it changes. Every trial is trained like a training of the
-comparison and meets the starting policy on 300 requests from the generator of the prompt sets:
-neither in ``booking-train`` nor in ``booking-eval``, so that the settings that are chosen here owe
-nothing to the requests on which the comparison is reported. Results: FOLDER-settings/trials.jsonl.
+SETTINGS.toml holds one table per trial: ``[name]`` with ``algorithm``, ``tokens``, ``seed``, and
+whatever of that algorithm's table in recipes/compare.toml it changes. Every trial is trained like a
+training of the comparison and meets the starting policy on 300 requests from the generator of the
+prompt sets: neither in ``booking-train`` nor in ``booking-eval``, so that the settings that are
+chosen here owe nothing to the requests on which the comparison is reported. Results:
+FOLDER-settings/trials.jsonl. What was tried for recipes/compare.toml stands in
+benchmarks/results/compare_settings.json.
 """
 
 from __future__ import annotations
@@ -51,8 +53,9 @@ def draw_prompts(path: Path) -> Path:
 def trial(shared: Comparison, name: str, changes: dict[str, Any]) -> list[Job]:
     """Return the training and the evaluation of one trial."""
     algorithm, seed = changes.pop("algorithm"), changes.pop("seed", 0)
+    tokens = changes.pop("tokens", shared.tokens)
     recipe = {**shared.recipe, algorithm: {**shared.recipe[algorithm], **changes}}
-    training = shared.train(algorithm, name, seed, recipe=recipe)
+    training = shared.train(algorithm, name, seed, recipe=recipe, tokens=tokens)
     model = shared.options.folder / "policies" / name
     return [training, shared.evaluate(name, model=model, needs=name, seed=seed)]
 

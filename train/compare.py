@@ -56,6 +56,8 @@ def run(options: CompareOptions) -> None:
         RecipeError: the recipe lacks a table, or a table is wrong.
         RlaifError: a training or an evaluation failed; the message names its log.
     """
+    # Asking CUDA itself whether there is a GPU would leave the jobs, which are forked, without it.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     if not options.recipe:
         raise RecipeError("compare needs --recipe: its tables say how each algorithm is run")
     recipe = load_recipe(options.recipe)
