@@ -241,8 +241,8 @@ def _length_budget(options: JudgeOptions, judge: Judge, backend: Backend) -> Len
         if options.max_prompt_tokens is not None and options.engine.backend != "replay":
             raise RecipeError(
                 f"max_prompt_tokens needs the judge's tokenizer, which backend "
-                f"{options.engine.backend!r} does not have here; leave it out, or name the tokenizer "
-                "of an endpoint's model under engine.extra"
+                f"{options.engine.backend!r} does not have here; leave it out, or name "
+                "the tokenizer of an endpoint's model under engine.extra"
             )
         return None
     limits = [options.max_prompt_tokens, longest and longest - judge.reply_tokens]
