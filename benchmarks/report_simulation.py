@@ -30,7 +30,7 @@ import numpy as np
 from feedback.agreement import accuracy_halves, cohen_kappa, leave_one_out
 from feedback.bias import length_section
 from feedback.consistency import repeat_agreement
-from feedback.intervals import Estimate, Resampler, nothing
+from feedback.intervals import Estimate, Resampler, nothing, proportion
 from feedback.observations import Pairs
 from feedback.outcomes import outcome_section
 from feedback.position import position_section
@@ -49,6 +49,8 @@ class Scenario(NamedTuple):
     known: dict[str, float]
 
 
+TIES = "ties, noise, unreadable replies"
+ARRAYS = f"{TIES}, drawn as arrays"
 SCENARIOS = {
     "position, bare verdicts": Scenario(
         Planted(position=0.8),
@@ -111,7 +113,7 @@ SCENARIOS = {
         ("self_preference.equal_opportunity",),
         {"self_preference.equal_opportunity": 0.0},
     ),
-    "ties, noise, unreadable replies": Scenario(
+    TIES: Scenario(
         Planted(tie=-0.6, unparsed=0.06, noise=1.0, repeats=2),
         (
             "outcomes.parse_rate",
@@ -187,6 +189,59 @@ def run_scenario(
     ]
 
 
+def drawn_winners(planted: Planted, *, runs: int, prompts: int, seed: int) -> np.ndarray:
+    """Draw what ``simulate`` draws, as arrays: the winners of three answers' pairs.
+
+    Returns:
+        (runs, prompts, 3 pairs x repeats, 2 orders): 1 a, -1 b, 0 tie, NaN unreadable.
+    """
+    random = np.random.default_rng(seed)
+    quality = random.normal(size=(runs, prompts, 3)) * planted.sensitivity
+    quality += random.normal(0, planted.lean, (runs, prompts, 3))
+    pull = np.stack([quality[..., i] - quality[..., j] for i, j in ((0, 1), (0, 2), (1, 2))], -1)
+    shape = (runs, prompts, 3, planted.repeats, 2)
+    logit = pull[..., None, None] * np.array([1.0, -1.0]) + planted.position
+    logit = logit + planted.noise * random.normal(size=shape)
+    tie = 0.0 if planted.tie is None else np.exp(planted.tie)
+    weights = np.stack([np.exp(logit / 2), np.exp(-logit / 2), np.full(shape, tie)], -1)
+    edges = np.cumsum(weights / weights.sum(-1, keepdims=True), -1)
+    place = (random.random(shape)[..., None] > edges).sum(-1)
+    first = np.where(place == 0, 1.0, np.where(place == 1, -1.0, 0.0))
+    winner = first * np.array([1.0, -1.0]) + 0.0
+    winner[random.random(shape) < planted.unparsed] = np.nan
+    return winner.reshape(runs, prompts, -1, 2)
+
+
+def consistency_coverage(planted: Planted, *, runs: int, prompts: int) -> dict[str, float | str]:
+    """Return the coverage of the order-consistency interval over many runs drawn as arrays."""
+
+    def asked_twice(winner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        known = np.isfinite(winner).all(-1)
+        return winner[..., 0] == winner[..., 1], known
+
+    same, known = asked_twice(drawn_winners(planted, runs=1, prompts=600_000, seed=10**6))
+    truth = float(same[known].mean())
+    held, values = [], []
+    for start in range(0, runs, 500):
+        count = min(500, runs - start)
+        same, known = asked_twice(drawn_winners(planted, runs=count, prompts=prompts, seed=start))
+        groups = np.broadcast_to(np.arange(prompts)[:, None], same.shape[1:])
+        for hits, rows in zip(same, known, strict=True):
+            estimate = proportion(hits[rows], groups[rows])
+            assert estimate.value is not None
+            assert estimate.low is not None and estimate.high is not None
+            held.append(estimate.low <= truth <= estimate.high)
+            values.append(estimate.value)
+    return {
+        "figure": "position_bias.order_consistency",
+        "planted": False,
+        "truth": round(truth, 5),
+        "mean_estimate": round(float(np.mean(values)), 5),
+        "coverage": round(float(np.mean(held)), 4),
+        "replicates": runs,
+    }
+
+
 def main() -> None:
     """Run every scenario and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -199,9 +254,11 @@ def main() -> None:
     path = given.out / "report_simulation.json"
     started = time.monotonic()
     kept = json.loads(path.read_text()) if given.only and path.is_file() else {"runs": []}
-    found = {row["scenario"]: [] for row in kept["runs"]} | {name: [] for name in SCENARIOS}
+    found: dict[str, list[dict]] = {name: [] for name in SCENARIOS}
+    arrays = [row for row in kept["runs"] if row["scenario"] == ARRAYS]
     for row in kept["runs"]:
-        found[row["scenario"]].append(row)
+        if row["scenario"] != ARRAYS:
+            found[row["scenario"]].append(row)
     for name in given.only or SCENARIOS:
         rows = run_scenario(
             SCENARIOS[name],
@@ -213,6 +270,14 @@ def main() -> None:
         for row in rows:
             print(f"{name:36} {row['figure']:44} {row['coverage']:.4f}", flush=True)
     runs = [row for name in SCENARIOS for row in found[name]]
+    runs += arrays
+    if not given.only or TIES in given.only:
+        row = consistency_coverage(
+            SCENARIOS[TIES].planted, runs=10 * given.replicates, prompts=given.prompts
+        )
+        runs = [row for row in runs if row["scenario"] != ARRAYS]
+        runs.append({"scenario": ARRAYS, **row})
+        print(f"{ARRAYS:36} {row['figure']:44} {row['coverage']:.4f}", flush=True)
     seconds = round(time.monotonic() - started) + kept.get("seconds", 0) * bool(given.only)
     write_json(path, summary(runs, given, seconds))
 
@@ -220,13 +285,15 @@ def main() -> None:
 def summary(runs: list[dict], given: argparse.Namespace, seconds: int) -> dict:
     """Return the result file's content."""
     planted = [0.93 <= float(row["coverage"]) <= 0.97 for row in runs if row["planted"]]
-    covered = [float(row["coverage"]) for row in runs]
+    fewest = min(row["replicates"] for row in runs)
+    # The row drawn as arrays repeats a figure with ten times the runs.
+    covered = [float(row["coverage"]) for row in runs if row["scenario"] != ARRAYS]
     figures = {
         "coverage": round(float(np.mean(covered)), 4),
         "coverage_lowest_figure": min(covered),
         "coverage_highest_figure": max(covered),
         "recovered": round(float(np.mean(planted)), 4),
-        "standard_error_per_figure": round((0.95 * 0.05 / given.replicates) ** 0.5, 4),
+        "standard_error_per_figure": round((0.95 * 0.05 / fewest) ** 0.5, 4),
         "intervals": sum(row["replicates"] for row in runs),
     }
     print(json.dumps(figures, indent=2))

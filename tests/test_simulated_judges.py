@@ -83,6 +83,23 @@ def test_coverage_of_the_intervals(bench: ModuleType) -> None:
     assert min(held) >= 0.93 - 3.3 * math.sqrt(0.95 * 0.05 / runs)
 
 
+def test_order_consistency_with_ties_and_noise_holds_its_level(bench: ModuleType) -> None:
+    """2,000 runs: 95% give or take three standard errors of half a percent."""
+    row = bench.consistency_coverage(bench.SCENARIOS[bench.TIES].planted, runs=2000, prompts=60)
+    assert abs(row["coverage"] - 0.95) < 3 * math.sqrt(0.95 * 0.05 / 2000)
+    assert row["mean_estimate"] == pytest.approx(row["truth"], abs=0.003)
+
+
+def test_runs_drawn_as_arrays_are_those_of_the_simulation(bench: ModuleType) -> None:
+    planted = bench.SCENARIOS[bench.TIES].planted
+    winner = simulate(planted, prompts=1500, seed=3).pairs().winner
+    drawn = bench.drawn_winners(planted, runs=1, prompts=1500, seed=3).reshape(-1, 2)
+    for one, two in ((np.isnan(winner), np.isnan(drawn)), (winner == 0, drawn == 0)):
+        assert one.mean() == pytest.approx(two.mean(), abs=0.01)
+    same = [np.mean(rows[:, 0] == rows[:, 1]) for rows in (winner, drawn)]
+    assert same[0] == pytest.approx(same[1], abs=0.02)
+
+
 def test_the_simulation_writes_what_the_table_reads(bench: ModuleType, tmp_path: Path) -> None:
     scenario = bench.Scenario(
         Planted(unparsed=0.1), ("outcomes.parse_rate",), {"outcomes.parse_rate": 0.9}
