@@ -23,6 +23,10 @@ __all__ = ["GATE", "KINDS", "MODELS_HELD", "print_table", "summarise"]
 MODELS_HELD = {"sft": 1, "bon": 2, "dpo": 1, "rrhf": 1, "ppo": 4}
 GATE = "gate.json"
 """Which rows of the report card the gate would refuse such labels for."""
+# Short and stacked: the table fits into 80 columns.
+_HEADS = (
+    "win rate", "at equal\nlength", "gold", "KL", "reward", "chars", "s", "MiB", "held",
+)  # fmt: skip
 KINDS = ("hard", "soft", "corrected")
 """How labels are made of the biased verdicts: hard from one order; soft from both; soft from both,
 with the pull of length taken out."""
@@ -149,10 +153,12 @@ def _bias(shared: Comparison, plain: Mapping[str, Outcome]) -> dict[str, Any]:
 
 def print_table(record: Mapping[str, Any]) -> None:
     """Print one line per method."""
-    grid = Table(box=rich.box.SIMPLE_HEAD, title=f"against {record['start']}", title_justify="left")
-    heads = "win rate", "at equal length", "gold", "KL", "reward", "chars", "s", "MiB", "models"
+    grid = Table(
+        box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
+        title=f"against {record['start']}", title_justify="left",
+    )  # fmt: skip
     grid.add_column("", no_wrap=True)
-    for head in heads:
+    for head in _HEADS:
         grid.add_column(head, justify="right", no_wrap=True)
     for algorithm, row in record["methods"].items():
         rate = next(iter(row["win_rate"].values()))
@@ -169,9 +175,7 @@ def print_table(record: Mapping[str, Any]) -> None:
             str(row["models_held"]),
         )
     if record["methods"]:
-        # Wide enough for every column where the output is a file: a table that wraps is unreadable.
-        console = Console()
-        Console(width=max(console.width, 110) if not console.is_terminal else None).print(grid)
+        Console().print(grid)
 
 
 def _span(estimate: Mapping[str, Any]) -> str:
@@ -179,4 +183,4 @@ def _span(estimate: Mapping[str, Any]) -> str:
         return "-"
     if estimate["low"] is None:
         return f"{estimate['value']:.3f}"
-    return f"{estimate['value']:.3f} ({estimate['low']:.3f}-{estimate['high']:.3f})"
+    return f"{estimate['value']:.3f}\n{estimate['low']:.3f}-{estimate['high']:.3f}"
