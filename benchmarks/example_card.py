@@ -18,7 +18,7 @@ from feedback.shards import write_text
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "example-dataset-card.md"
-NOTE = "<!-- Made by benchmarks/example_card.py from a run of recipes/pocket.toml. -->\n"
+NOTE = "<!-- Written by rlaif publish; copied here by benchmarks/example_card.py. -->\n"
 
 
 def card_of(run: Path) -> str:
