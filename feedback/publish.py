@@ -64,8 +64,9 @@ class PublishOptions:
     """Country whose phone numbers may be written without a country code."""
     accept_bias: tuple[str, ...] = ()
     """Figures of the judge's report card whose failure is accepted by name."""
-    splits: dict[str, float] = field(default_factory=lambda: {"train": 0.95, "test": 0.05})
-    """Shares of prompts by split; folders that rlaif merge split keep theirs."""
+    splits: dict[str, float] = field(default_factory=dict)
+    """Shares of prompts by split, such as train 0.9 test 0.1; without: train 0.95 test 0.05.
+    Folders that rlaif merge has split keep their splits."""
     seed: int = 0
     """Seed of the splits."""
     work: Path | None = None
@@ -73,8 +74,13 @@ class PublishOptions:
 
     def __post_init__(self) -> None:
         """Refuse shares that are none."""
-        if not self.splits or abs(sum(self.splits.values()) - 1) > 1e-6:
+        if self.splits and abs(sum(self.splits.values()) - 1) > 1e-6:
             raise RecipeError(f"the shares of --splits sum to {sum(self.splits.values()):g}, not 1")
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Return the shares of prompts by split."""
+        return self.splits or {"train": 0.95, "test": 0.05}
 
     def check(self) -> None:
         """Refuse options that say too little or contradict each other.

@@ -7,13 +7,23 @@ in ``manifests/``, without the paths of the machine that made them.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from feedback.scan import find, redact
 
-__all__ = ["CARD", "KIND", "MANIFEST", "count_rows", "parse", "public_text", "published_files"]
+__all__ = [
+    "CARD",
+    "KIND",
+    "MANIFEST",
+    "count_rows",
+    "parse",
+    "public_card",
+    "public_manifest",
+    "public_text",
+    "published_files",
+]
 
 KIND = "publication"
 MANIFEST = "manifest.json"
@@ -63,3 +73,9 @@ def public_text(path: Path) -> str:
     """Return the text of a stage's manifest as it is published."""
     manifest = json.loads(path.read_text(encoding="utf-8"))
     return json.dumps(public_manifest(manifest), indent=2, ensure_ascii=False) + "\n"
+
+
+def public_card(text: str, allow: Collection[str] = ()) -> str:
+    """Return a card without keys, paths of this machine, and addresses with passwords."""
+    private = {"secret", "endpoint", "path"} - set(allow)
+    return redact(text, [span for span in find(text) if span.kind in private])

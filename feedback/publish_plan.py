@@ -20,9 +20,10 @@ from feedback.merge import split_of
 from feedback.overlap import shipped_sets
 from feedback.provenance import Origin, origins_of
 from feedback.publish import PublishOptions
+from feedback.publish_manifest import public_card
 from feedback.publish_schema import CONFIGS
 from feedback.records import content_id
-from feedback.scan import KINDS, find, redact
+from feedback.scan import KINDS
 from feedback.shards import (
     KINDS as ROW_KINDS,
 )
@@ -103,7 +104,7 @@ class Plan:
         """Return the settings that change which rows are published, and how."""
         sets = {path.name: file_sha256(path) for path in self.evaluation_sets}
         return {
-            "splits": self.options.splits,
+            "splits": self.options.shares,
             "seed": self.options.seed,
             "replaced": self.replaced,
             "region": self.options.region if self.replaced else None,
@@ -118,7 +119,7 @@ class Plan:
 
     def split(self, source: Source, prompt_id: str) -> str:
         """Return the split of a prompt's rows."""
-        return source.split or split_of(prompt_id, self.options.splits, seed=self.options.seed)
+        return source.split or split_of(prompt_id, self.options.shares, seed=self.options.seed)
 
     def card(self, manifest: Mapping[str, Any]) -> str:
         """Return the card of the publication that ``manifest`` describes."""
@@ -139,8 +140,7 @@ class Plan:
         )
         folders = [source.folder for source in self.sources]
         text = dataset_card(folders, repo=self.repo, splits=manifest["rows"], details=details)
-        private = {"secret", "endpoint", "path"} - set(options.allow)
-        return redact(text, [span for span in find(text) if span.kind in private])
+        return public_card(text, options.allow)
 
 
 def make_plan(options: PublishOptions) -> Plan:

@@ -198,7 +198,7 @@ class PublishedTree:
 
 def _rows(plan: Plan, writers: Mapping[tuple[str, str], SplitWriter]) -> dict[str, dict[str, int]]:
     """Return rows by config and split, the splits in the order in which they were asked for."""
-    asked = list(plan.options.splits)
+    asked = list(plan.options.shares)
     order = sorted(writers, key=lambda place: asked.index(place[1]) if place[1] in asked else 99)
     return {
         config: {split: writers[config, split].rows for of, split in order if of == config}

@@ -18,7 +18,7 @@ from feedback.progress import say
 from feedback.provenance import origins_in
 from feedback.publish import PublishOptions, publish, stop_at
 from feedback.publish_hub import HubRepository
-from feedback.publish_manifest import CARD, KIND, MANIFEST, public_manifest
+from feedback.publish_manifest import CARD, KIND, MANIFEST, public_card, public_manifest
 from feedback.publish_plan import require_terms
 from feedback.publish_scan import describe
 from feedback.publish_tree import PublishedTree
@@ -33,6 +33,7 @@ _CONFIGS = ("config.json", "adapter_config.json")
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 _RESUMING = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "state")
 _KEPT = (".safetensors", ".json", ".jsonl", ".jinja", ".model", ".txt", ".png")
+_PLACES = ("_name_or_path", "name_or_path", "base_model_name_or_path")
 _VOCABULARY = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt")
 """Files whose texts are the tokenizer's, not people's: anything can be found in them."""
 
@@ -93,7 +94,7 @@ def _record(folder: Path) -> dict[str, Any]:
 def _require_terms(record: Mapping[str, Any], options: PublishOptions) -> None:
     origins = [
         origin
-        for source in record.get("data", [])
+        for source in (*record.get("data", []), *record.get("reward_data", []))
         if "manifest" in source
         for origin in origins_in(source["source"], source["manifest"], source["identity"])
     ]
@@ -132,9 +133,11 @@ def _scanned(path: Path, report: ScanReport, replaced: set[str], region: str) ->
     """Return a text file, or its text where something in it is replaced; counts what was found."""
     text = path.read_text(encoding="utf-8")
     kept = text
-    if path.name == RECORD:
-        # What the run wrote down itself: paths of this machine mean nothing elsewhere.
-        kept = json.dumps(public_manifest(json.loads(text)), indent=2, ensure_ascii=False) + "\n"
+    if path.suffix == ".json":
+        before = json.loads(text)
+        after = public_manifest(before) if path.name == RECORD else _without_places(before)
+        if after != before:
+            kept = json.dumps(after, indent=2, ensure_ascii=False) + "\n"
     # Figures look like phone and card numbers; a model's JSON holds nobody's.
     wanted = {"secret", "endpoint", "path", "email"}
     spans = [span for span in find(kept, region) if span.kind in wanted]
@@ -148,6 +151,13 @@ def _scanned(path: Path, report: ScanReport, replaced: set[str], region: str) ->
     return path if kept == text else kept
 
 
+def _without_places(config: Any) -> Any:
+    """Return a configuration that names models and not the folders they lay in on this machine."""
+    if not isinstance(config, dict):
+        return config
+    return {key: public_manifest(v) if key in _PLACES else v for key, v in config.items()}
+
+
 def _card(folder: Path, repo: str | None, options: PublishOptions) -> str:
     """Return the model's card: made from the run's record, or as it lies in the folder."""
     if (folder / RECORD).is_file():
@@ -158,7 +168,7 @@ def _card(folder: Path, repo: str | None, options: PublishOptions) -> str:
             judge_terms=options.judge_terms,
             citation=options.citation,
         )
-        return model_card(folder, repo=repo, details=details)
+        return public_card(model_card(folder, repo=repo, details=details), options.allow)
     if (folder / CARD).is_file():
         return (folder / CARD).read_text(encoding="utf-8")
     raise InputError(
