@@ -39,6 +39,8 @@ class Browser:
     def __init__(self, profile: Path) -> None:
         program = chromium_program()
         profile.mkdir(parents=True, exist_ok=True)
+        # A profile that was used before still names its last port.
+        (profile / "DevToolsActivePort").unlink(missing_ok=True)
         self._process = subprocess.Popen(
             [program, *FLAGS, f"--user-data-dir={profile}", "about:blank"],
             stdout=subprocess.DEVNULL,
