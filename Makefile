@@ -7,7 +7,7 @@ GPU := $(shell command -v nvidia-smi 2>/dev/null)
 RECIPE ?= recipes/pocket.toml
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup setup-test demo demo-short test check lint types generate-train abtest \
+.PHONY: help setup setup-test demo demo-short test check lint types generate-train abtest publish \
 	compare compare-study bench bench-judge bench-train bench-ppo clean
 
 help: ## list the targets
@@ -55,6 +55,9 @@ generate-train: setup ## sample, judge, pair, train, evaluate: RECIPE=recipes/yo
 
 abtest: setup ## judge templates against each other on gold pairs: RECIPE=...
 	$(BIN)/rlaif abtest --recipe $(RECIPE)
+
+publish: setup ## to the Hub: FOLDER=runs/x REPO=me/name ARGS='--license cc-by-4.0', or RECIPE=...
+	$(BIN)/rlaif publish $(FOLDER) $(if $(REPO),--repo $(REPO)) --recipe $(RECIPE) $(ARGS)
 
 compare: setup ## SFT, best-of-n, DPO, RRHF and PPO at equal compute, with the embedded model
 	$(BIN)/rlaif compare --recipe recipes/compare.toml

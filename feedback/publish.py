@@ -9,6 +9,7 @@ terms. A second publish of the same shards changes nothing and says so.
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from feedback.publish_tree import PublishedTree
 
 __all__ = ["PublishOptions", "publish", "run", "stop_at", "survey_or_stop"]
+
+
+_PACKAGES = ("datasets", "huggingface_hub", "pyarrow", "detect_secrets", "phonenumbers", "stdnum")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +96,9 @@ class PublishOptions:
             raise RecipeError("give either --repo NAME (the Hub) or --to DIR (a folder)")
         if self.license is None:
             raise RecipeError("say under which licence: --license cc-by-4.0 (or apache-2.0 ...)")
+        missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+        if missing:
+            raise RecipeError(f"publishing needs {missing[0]}: pip install 'rlaif[hub]'")
 
 
 def run(options: PublishOptions) -> None:

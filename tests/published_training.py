@@ -78,6 +78,11 @@ def run(shards: str, model: str, folder: Path) -> dict[str, Any]:
         assert main([*words, "--batch-size", "4"]) == 0
         record = json.loads((folder / f"our-{name}" / "training.json").read_text())
         found[f"our_{name}_steps"] = record["figures"]["steps"]
+    policy = str(folder / "our-dpo")
+    assert main(["publish", policy, "--repo", "policy", "--license", "mit"]) == 0
+    saved = AutoModelForCausalLM.from_pretrained(policy).state_dict()
+    pulled = AutoModelForCausalLM.from_pretrained("ann/policy").state_dict()
+    assert all((saved[name] == pulled[name]).all() for name in saved)
     return found
 
 
