@@ -200,6 +200,24 @@ def test_a_torn_line_is_cut_off_and_a_damaged_one_named(tmp_path: Path) -> None:
     AnnotationLog(tmp_path, pairs).close()  # the lock was released
 
 
+def test_a_full_disk_takes_nothing_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = items()
+    log = AnnotationLog(tmp_path, pairs)
+    log.append(entry("Ada", pairs[0], "a"))
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(ShardError, match="No space left on device"):
+            log.append(entry("Ada", pairs[1], "b"))
+    assert len((tmp_path / LABELS).read_text().splitlines()) == len(log.gold()) == 1
+    log.append(entry("Ada", pairs[1], "tie"))
+    log.close()
+    assert [row.label for row in load_gold(tmp_path).values()] == ["a", "tie"]
+
+
 def test_gold_from_elsewhere_is_never_overwritten(tmp_path: Path) -> None:
     verdicts = leave(simulate(PLANTED, prompts=3), tmp_path)
     before = (tmp_path / "gold" / "gold-00000.jsonl").read_bytes()
