@@ -1,0 +1,26 @@
+"""The recipes that the docs show are recipes."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from feedback.config import option_values
+from train.commands import COMMANDS, load
+
+_BLOCK = re.compile(r"```toml\n(.*?)```", re.DOTALL)
+
+
+def blocks() -> list[tuple[str, str]]:
+    """Return every TOML block of the docs with its page's name."""
+    pages = sorted((Path(__file__).parent.parent / "docs").glob("*.md"))
+    return [(page.name, block) for page in pages for block in _BLOCK.findall(page.read_text())]
+
+
+@pytest.mark.parametrize(("page", "block"), blocks())
+def test_recipes_of_the_docs_hold_known_keys(page: str, block: str) -> None:
+    for name, table in tomllib.loads(block).items():
+        option_values(load(COMMANDS[name].options), table, path=f"{page} [{name}]")
