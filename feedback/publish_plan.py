@@ -7,7 +7,7 @@ rows: the same shards have the same tag wherever they are published from.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,6 @@ from feedback.errors import InputError, ShardError
 from feedback.gate import check_gate, require_gate
 from feedback.merge import split_of
 from feedback.overlap import shipped_sets
-from feedback.provenance import Origin, origins_of
 from feedback.publish import PublishOptions
 from feedback.publish_manifest import public_card
 from feedback.publish_schema import CONFIGS
@@ -34,6 +33,7 @@ from feedback.shards import (
     manifest_sha256,
     read_manifest,
     read_rows,
+    shard_paths,
 )
 
 __all__ = ["Plan", "Source", "make_plan", "require_terms"]
@@ -155,7 +155,7 @@ def make_plan(options: PublishOptions) -> Plan:
             raise InputError("no such evaluation set", path=path)
     sources = _sources(options.folders)
     gates = [_gate(source, options.accept_bias) for source in sources]
-    require_terms(origins_of([source.folder for source in sources]), options.judge_terms)
+    require_terms((read_manifest(source.folder) for source in sources), options.judge_terms)
     return Plan(options, tuple(sources), tuple(gate for gate in gates if gate))
 
 
@@ -176,7 +176,7 @@ def _expand(folder: Path) -> list[Path]:
     """Return a shard folder itself, or the labels that a run's folder holds."""
     if not folder.is_dir():
         raise ShardError("no such folder", path=folder)
-    if (folder / MANIFEST).is_file() or any(folder.glob("*.jsonl")):
+    if (folder / MANIFEST).is_file() or any(shard_paths(folder, kind) for kind in ROW_KINDS):
         return [folder]
     inside = [
         path.parent
@@ -203,22 +203,43 @@ def _gate(source: Source, accept: Sequence[str]) -> Mapping[str, Any] | None:
     return require_gate(source.folder, accept=accept)
 
 
-def require_terms(origins: Sequence[Origin], terms: str | None) -> None:
+def require_terms(manifests: Iterable[Mapping[str, Any]], terms: str | None) -> None:
     """Stop where somebody else's endpoint judged, and nobody says under which terms.
+
+    Args:
+        manifests: of the folders that are published, or that a model was trained on.
+        terms: as stated.
 
     Raises:
         InputError: names the judge and the endpoint.
     """
-    if terms:
-        return
-    for origin in origins:
-        for judge in origin.judges:
-            if _is_hosted(judge.get("endpoint")):
-                raise InputError(
-                    f"the judge {judge['model']} was asked at {judge['endpoint']}, whose terms "
-                    "cover what it wrote: state them with --judge-terms 'TEXT' (recipe: [publish] "
-                    "judge_terms)"
-                )
+    for judge in () if terms else (one for manifest in manifests for one in _judges(manifest)):
+        endpoint = _endpoint(judge)
+        if _is_hosted(endpoint):
+            raise InputError(
+                f"the judge {judge['model']} was asked at {endpoint}, whose terms cover "
+                "what it wrote: state them with --judge-terms 'TEXT' (recipe: [publish] "
+                "judge_terms)"
+            )
+
+
+def _judges(manifest: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield every judge that a manifest names, at whatever depth its making is recorded."""
+    for key, value in manifest.items():
+        if key in ("judge", "judges"):
+            found = value if isinstance(value, list) else [value]
+            yield from (one for one in found if isinstance(one, Mapping) and "model" in one)
+        elif isinstance(value, Mapping):
+            yield from _judges(value)
+        elif isinstance(value, list):
+            yield from (one for part in value if isinstance(part, Mapping) for one in _judges(part))
+
+
+def _endpoint(judge: Mapping[str, Any]) -> str | None:
+    """Return where a judge was asked: its identity says so, or the options of its engine."""
+    if judge.get("backend") in ("openai", "batch"):
+        return str(judge.get("base_url") or "api.openai.com")
+    return judge.get("endpoint")
 
 
 def _is_hosted(endpoint: str | None) -> bool:

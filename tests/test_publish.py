@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -84,6 +85,7 @@ def test_a_prompt_is_in_one_split_in_every_config(tmp_path: Path) -> None:
 def test_only_labels_leave_unless_others_are_named(tmp_path: Path) -> None:
     for kind, rows in ROWS.items():
         shards(tmp_path / "run" / kind, rows, kind)
+    (tmp_path / "run" / "notes.jsonl").write_text("{}\n", encoding="utf-8")
     out = to(tmp_path, tmp_path / "run")
     assert sorted(manifest(out)["rows"]) == ["preferences", "rankings"]
     named = to(tmp_path, tmp_path / "run" / "candidates", to=tmp_path / "named")
@@ -239,7 +241,12 @@ def test_the_gate_applies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_a_hosted_judge_needs_its_terms(endpoint: str | None, hosted: bool, tmp_path: Path) -> None:
     judge = {"model": "big-judge", "revision": None, "endpoint": endpoint}
     judging = {"judge": judge, "manifest_sha256": "0" * 64, "template": {"name": "pairwise"}}
-    source = shards(tmp_path / "preferences", [pair(1)], provenance={"judging": judging})
+    panel = {"judges": [{"model": "small-judge"}, judge]}
+    recorded = {"provenance": {"judging": judging}, "sources": None, **({} if hosted else panel)}
+    source = shards(tmp_path / "preferences", [pair(1)], **recorded)
+    merged = {"sources": [{"folder": "x", "manifest_sha256": "0" * 64, **panel}]}
+    with pytest.raises(InputError) if hosted else contextlib.nullcontext():
+        to(tmp_path, shards(tmp_path / "merged", [pair(1)], **merged), to=tmp_path / "merged-out")
     if not hosted:
         to(tmp_path, source)
         return

@@ -104,9 +104,14 @@ def test_a_model_on_a_hosted_judges_labels_needs_its_terms(model: Path, tmp_path
         "identity": "1" * 64,
         "manifest": {"kind": "preferences", "rows": 1, "provenance": {"judging": judging}},
     }
-    record = {"command": "dpo", "data": [source], "options": {"model": "base"}}
+    record: dict[str, Any] = {"command": "dpo", "data": [source], "options": {"model": "base"}}
     (model / "training.json").write_text(json.dumps(record), encoding="utf-8")
     with pytest.raises(InputError, match=r"big-judge was asked at api\.example\.com"):
+        publish(model, to=tmp_path / "out")
+    engine = {"model": "scorer", "backend": "openai", "base_url": None}
+    record |= {"data": [], "options": {"model": "base", "reward": {"judge": engine}}}
+    (model / "training.json").write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(InputError, match=r"scorer was asked at api\.openai\.com"):
         publish(model, to=tmp_path / "out")
 
 

@@ -9,13 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from feedback.errors import InputError
 from feedback.progress import say
-from feedback.provenance import origins_in
 from feedback.publish import PublishOptions, publish, stop_at
 from feedback.publish_hub import HubRepository
 from feedback.publish_manifest import CARD, KIND, MANIFEST, public_card, public_manifest
@@ -73,7 +71,9 @@ def publish_model(options: PublishOptions) -> str:
     (folder,) = options.folders
     options.check()
     record = _record(folder)
-    _require_terms(record, options)
+    trained_on = (*record.get("data", []), *record.get("reward_data", []))
+    manifests = [source["manifest"] for source in trained_on if "manifest" in source]
+    require_terms([*manifests, record.get("options", {})], options.judge_terms)
     model = _gather(folder, options)
     for line in describe(model.found, model.found.counts):
         say(line)
@@ -89,16 +89,6 @@ def _record(folder: Path) -> dict[str, Any]:
     path = folder / RECORD
     record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return record
-
-
-def _require_terms(record: Mapping[str, Any], options: PublishOptions) -> None:
-    origins = [
-        origin
-        for source in (*record.get("data", []), *record.get("reward_data", []))
-        if "manifest" in source
-        for origin in origins_in(source["source"], source["manifest"], source["identity"])
-    ]
-    require_terms(origins, options.judge_terms)
 
 
 def _gather(folder: Path, options: PublishOptions) -> _Model:
