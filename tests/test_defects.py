@@ -190,7 +190,7 @@ def test_a_slow_call_holds_nobody_up() -> None:
             for number in range(300)
         ]
 
-    with FaultProxy(plan=lambda number, body: "hang_2" if b"Topic 3?" in body else None) as proxy:
+    with FaultProxy(plan=lambda number, body: "hang_3" if b"Topic 3?" in body else None) as proxy:
         backend = OpenAIBackend(
             EngineOptions(
                 backend="openai", model="stand-in", base_url=proxy.base_url, concurrency=16
@@ -221,6 +221,14 @@ def test_only_declared_packages_are_imported(root: Path) -> None:
             for name in {name.partition(".")[0] for name in names} - ours:
                 owners = {owner.lower().replace("_", "-") for owner in known.get(name, [name])}
                 assert owners & declared, f"{path.name} imports {name}, which nothing declares"
+
+
+def test_nothing_waits_for_a_person(root: Path) -> None:
+    """FastChat's gen_judgment stops at "Press Enter to confirm", in a job that nobody watches."""
+    for path in sorted((root / "feedback").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in ("input", "breakpoint"), path.name
 
 
 def test_a_verdict_names_the_judge_that_gave_it() -> None:
