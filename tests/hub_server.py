@@ -17,12 +17,13 @@ import re
 import shutil
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from hub_state import Fault, File, Refusal, Repository, file_entry, folder_entry
 
 __all__ = ["EXPIRED", "READ_ONLY", "TOKEN", "HubServer", "Repository"]
 
@@ -31,48 +32,6 @@ READ_ONLY = "hf_" + "reads" * 7
 EXPIRED = "hf_" + "stale" * 7
 _REPO = r"(?P<kind>datasets|models)/(?P<repo>[^/]+/[^/]+)"
 _LARGE = (".parquet", ".safetensors", ".arrow", ".png")
-
-
-class File(NamedTuple):
-    """A file in a commit."""
-
-    blob: str
-    """Git's sha1 of it (of its pointer, if it is large)."""
-    size: int
-    sha256: str | None
-    """Set for large files."""
-
-
-@dataclass
-class Repository:
-    private: bool
-    commits: list[tuple[str, str, dict[str, File]]] = field(default_factory=list)
-    """(id, message, files), oldest first."""
-    tags: dict[str, str] = field(default_factory=dict)
-
-    def at(self, revision: str) -> tuple[str, dict[str, File]] | None:
-        """Return commit id and files of a branch, tag or commit."""
-        wanted = self.commits[-1][0] if revision == "main" else self.tags.get(revision, revision)
-        return next(((oid, files) for oid, _, files in self.commits if oid == wanted), None)
-
-
-@dataclass
-class Fault:
-    method: str
-    path: str
-    """Part of the path."""
-    kind: str
-    """status: answer so; cut: close in mid-request; lost: do it, then close without an answer."""
-    status: int = 500
-    times: int = 1
-    skip: int = 0
-    """Matching requests to let through first."""
-
-
-class Refusal(Exception):
-    def __init__(self, status: int, code: str, message: str):
-        super().__init__(message)
-        self.status, self.code, self.message = status, code, message
 
 
 class HubServer:
@@ -413,9 +372,9 @@ class _Handler(BaseHTTPRequestHandler):
             first, _, rest = name[len(prefix) :].partition("/")
             if rest:
                 folder = prefix + first
-                entries.setdefault(folder, _folder_entry(folder))
+                entries.setdefault(folder, folder_entry(folder))
             if not rest or recursive:
-                entries[name] = _file_entry(name, file)
+                entries[name] = file_entry(name, file)
         if path and not entries:
             raise Refusal(404, "EntryNotFound", f"{path} does not exist")
         self._answer(list(entries.values()))
@@ -430,9 +389,9 @@ class _Handler(BaseHTTPRequestHandler):
         answer = []
         for path in form.get("paths", []):
             if path in files:
-                answer.append(_file_entry(path, files[path]))
+                answer.append(file_entry(path, files[path]))
             elif any(name.startswith(f"{path}/") for name in files):
-                answer.append(_folder_entry(path))
+                answer.append(folder_entry(path))
         self._answer(answer)
 
     def refs(self, kind: str, repo: str) -> None:
@@ -483,18 +442,6 @@ class _Handler(BaseHTTPRequestHandler):
                     shutil.copyfileobj(content, self.wfile)
                 else:
                     self.wfile.write(content.read(end - start))
-
-
-def _file_entry(path: str, file: File) -> dict[str, Any]:
-    entry: dict[str, Any] = {"type": "file", "oid": file.blob, "size": file.size, "path": path}
-    if file.sha256:
-        entry["lfs"] = {"oid": file.sha256, "size": file.size, "pointerSize": 134}
-    return entry
-
-
-def _folder_entry(path: str) -> dict[str, Any]:
-    return {"type": "directory", "oid": hashlib.sha1(path.encode()).hexdigest(), "size": 0,
-            "path": path}  # fmt: skip
 
 
 _LINK = r"/(?:(?P<prefix>datasets)/)?(?P<repo>[^/]+/[^/]+)"
