@@ -1,8 +1,8 @@
 """A small server that speaks the Hub's HTTP API, for tests: repositories, LFS, commits, tags.
 
 What it does, it does for real: files are kept by hash and checked against it, a commit needs the
-parent that it names, tokens and roles are enforced, a card's header is validated. Faults are
-injected by rule (``fail``, ``drop``). Xet storage is not spoken: clients set HF_HUB_DISABLE_XET.
+parent that it names, tokens and roles are enforced, a card's header is validated. ``fault`` injects
+what goes wrong. Xet storage is not spoken: clients set HF_HUB_DISABLE_XET.
 
 ``with HubServer(folder) as hub: ... hub.url``
 """
@@ -122,23 +122,14 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_hub: HubServer
 
-    def log_message(self, format: str, *values: Any) -> None:
+    def log_message(self, *values: Any) -> None:
         """Say nothing."""
 
-    def do_GET(self) -> None:
-        self._handle("GET")
-
-    def do_HEAD(self) -> None:
-        self._handle("HEAD")
-
-    def do_POST(self) -> None:
-        self._handle("POST")
-
-    def do_PUT(self) -> None:
-        self._handle("PUT")
-
-    def do_DELETE(self) -> None:
-        self._handle("DELETE")
+    def __getattr__(self, name: str) -> Any:
+        """Answer every method in one place."""
+        if name.startswith("do_"):
+            return lambda: self._handle(name.removeprefix("do_"))
+        raise AttributeError(name)
 
     def _handle(self, method: str) -> None:
         parts = urlsplit(self.path)
@@ -381,11 +372,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def paths_info(self, kind: str, repo: str, revision: str) -> None:
         _, files = self._at(self._repository(kind, repo), revision)
-        body, form = self._body(), {}
-        if "json" in self.headers.get("Content-Type", ""):
-            form = json.loads(body)
-        else:
-            form = parse_qs(body.decode())
+        body = self._body().decode()
+        form = json.loads(body) if body.startswith("{") else parse_qs(body)
         answer = []
         for path in form.get("paths", []):
             if path in files:
@@ -461,13 +449,3 @@ _ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("PUT", "/lfs/(?P<oid>[0-9a-f]{64})", _Handler.put),
     ("GET", _LINK + "/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _Handler.resolve),
 ]
-
-
-if __name__ == "__main__":
-    import sys
-    import time
-
-    with HubServer(Path(sys.argv[1])) as served:
-        print(served.url, flush=True)
-        while True:
-            time.sleep(60)
