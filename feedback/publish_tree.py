@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -105,15 +106,18 @@ class PublishedTree:
         Raises:
             InputError: no row is left to publish.
         """
-        before = set(published_files(self.manifest or None))
         (self.folder / MANIFEST).unlink(missing_ok=True)
+        kinds = {
+            config: features(config, messages=found.messages[config]) for config in plan.configs
+        }
         started = time.perf_counter()
         counts: Counter[str] = Counter()
         with ExitStack() as stack:
             bar = stack.enter_context(ProgressBar("writing Parquet", plan.rows))
             writers: dict[tuple[str, str], SplitWriter] = {}
             for source in plan.sources:
-                self._write_source(source, plan, found, writers, stack, counts, bar)
+                open_writer = partial(self._writer, writers, stack, kinds)
+                self._write_source(source, plan, found, open_writer, counts, bar)
         seconds = time.perf_counter() - started
         total = sum(writer.rows for writer in writers.values())
         if not total:
@@ -122,16 +126,35 @@ class PublishedTree:
         for name, number in counts.items():
             say(f"  {name}: {number:,}")
         self._write_manifests(plan, found, writers, counts)
-        for name in sorted(before - set(published_files(self.manifest))):
-            (self.folder / name).unlink(missing_ok=True)
+        self._remove_stale()
+
+    def _remove_stale(self) -> None:
+        """Remove what another version left, whole or cut off: the card's patterns would match."""
+        known = {self.folder / name for name in published_files(self.manifest)}
+        for pattern in ("*/*.parquet", "*/.*.tmp", "manifests/*.json"):
+            for path in set(self.folder.glob(pattern)) - known:
+                path.unlink()
+
+    def _writer(
+        self,
+        writers: dict[tuple[str, str], SplitWriter],
+        stack: ExitStack,
+        kinds: Mapping[str, Any],
+        config: str,
+        split: str,
+    ) -> SplitWriter:
+        """Return the writer of a split, which is begun by its first row."""
+        if (config, split) not in writers:
+            begun = SplitWriter(self.folder, config, split, kinds[config])
+            writers[config, split] = stack.enter_context(begun)
+        return writers[config, split]
 
     def _write_source(
         self,
         source: Source,
         plan: Plan,
         found: Survey,
-        writers: dict[tuple[str, str], SplitWriter],
-        stack: ExitStack,
+        open_writer: Callable[[str, str], SplitWriter],
         counts: Counter[str],
         bar: ProgressBar,
     ) -> None:
@@ -141,15 +164,9 @@ class PublishedTree:
         for row in source.read():
             bar.advance()
             kept = cleaned(row, replaced, drop, counts, region=region)
-            if kept is None:
-                continue
-            place = (config, plan.split(source, row.prompt_id))
-            writer = writers.get(place)
-            if writer is None:
-                kind = features(config, messages=messages)
-                writer = stack.enter_context(SplitWriter(self.folder, *place, kind))
-                writers[place] = writer
-            writer.add(record_of(kept, config, messages=messages))
+            if kept is not None:
+                writer = open_writer(config, plan.split(source, row.prompt_id))
+                writer.add(record_of(kept, config, messages=messages))
 
     def _write_manifests(
         self,

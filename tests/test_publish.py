@@ -135,6 +135,7 @@ def test_a_damaged_or_unfinished_folder_is_written_again(tmp_path: Path) -> None
     (out / "manifest.json").unlink()
     path.unlink()
     (path.parent / ".train-00000.parquet.tmp").write_bytes(b"torn")
+    (path.parent / "train-00001.parquet").write_bytes(whole)  # of a larger version, cut off
     to(tmp_path, source)
     assert path.read_bytes() == whole
     assert [one.name for one in path.parent.iterdir()] == [path.name]
