@@ -270,7 +270,11 @@ def write_evaluation(folder: Path, *, wins: list[float], kl: float) -> Path:
         Candidates(
             prompt_id=f"p{place}",
             prompt="x",
-            completions=[completion("new-0", "What time?"), completion("old-0", "Yes" * 5)],
+            completions=[
+                completion("new-0", "What time?"),
+                completion("old-0", "Yes" * 5),
+                completion("old-1", "No"),  # meets nobody
+            ],
             meta=META,
         )
         for place in range(len(wins))
@@ -362,6 +366,7 @@ limit = 8
 max_tokens = 12
 min_mass = 0.0
 start = {{ model = "{model}", device = "cpu" }}
+completions = 2
 judges = [{{ model = "{model}", device = "cpu" }}]
 """
 

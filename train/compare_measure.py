@@ -21,7 +21,7 @@ from feedback.goldcheck import gold_score
 from feedback.intervals import Estimate, Resampler, mean
 from feedback.records import Candidates, Completion
 from feedback.shards import read_rows, write_json
-from feedback.winrate import NEW, Meeting, WinRate, win_rate
+from feedback.winrate import NEW, OLD, Meeting, WinRate, win_rate
 from train.evaluate import EvaluateOptions
 from train.evaluation import evaluate
 from train.reward_model import load_reward_model
@@ -182,8 +182,10 @@ def _gold(folder: Path) -> list[tuple[str, float, float]]:
             )
             for entry in row.completions
         }
-        for place in range(len(scores) // 2):
-            found.append((row.prompt_id, scores[f"new-{place}"], scores[f"old-{place}"]))
+        for place in range(len(scores)):  # one side may have more completions: best of n has one
+            sides = f"{NEW}-{place}", f"{OLD}-{place}"
+            if scores.keys() >= set(sides):
+                found.append((row.prompt_id, scores[sides[0]], scores[sides[1]]))
     return found
 
 
