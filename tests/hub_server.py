@@ -2,7 +2,8 @@
 
 What it does, it does for real: files are kept by hash and checked against it, a commit needs the
 parent that it names, tokens and roles are enforced, a card's header is validated. ``fault`` injects
-what goes wrong. Xet storage is not spoken: clients set HF_HUB_DISABLE_XET.
+what goes wrong. Of Xet storage there is only what an upload needs (``xet``): the client's own
+library writes to a local store, and nothing is served from there.
 
 ``with HubServer(folder) as hub: ... hub.url``
 """
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import itertools
 import json
 import re
 import shutil
@@ -23,31 +23,29 @@ from types import TracebackType
 from typing import Any, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from hub_state import Fault, File, Refusal, Repository, file_entry, folder_entry
+from hub_state import (
+    EXPIRED,
+    READ_ONLY,
+    TOKEN,
+    File,
+    HubState,
+    Refusal,
+    Repository,
+    file_entry,
+    folder_entry,
+)
 
 __all__ = ["EXPIRED", "READ_ONLY", "TOKEN", "HubServer", "Repository"]
 
-TOKEN = "hf_" + "write" * 7
-READ_ONLY = "hf_" + "reads" * 7
-EXPIRED = "hf_" + "stale" * 7
 _REPO = r"(?P<kind>datasets|models)/(?P<repo>[^/]+/[^/]+)"
 _LARGE = (".parquet", ".safetensors", ".arrow", ".png")
 
 
-class HubServer:
+class HubServer(HubState):
     """The server; its state is open to tests."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
-        (folder / "objects").mkdir(parents=True, exist_ok=True)
-        self.repositories: dict[tuple[str, str], Repository] = {}
-        self.users = {TOKEN: ("ann", "write"), READ_ONLY: ("ann", "read")}
-        self.faults: list[Fault] = []
-        self.requests: list[tuple[str, str]] = []
-        self.received = 0
-        """Bytes of large files that came in whole."""
-        self.lock = threading.RLock()
-        self._count = itertools.count(1)
+        super().__init__(folder)
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(self))
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -64,51 +62,6 @@ class HubServer:
     ) -> None:
         self._server.shutdown()
         self._server.server_close()
-
-    def fault(self, method: str, path: str, kind: str = "status", **more: Any) -> None:
-        """Inject a fault into matching requests."""
-        self.faults.append(Fault(method, path, kind, **more))
-
-    def struck(self, method: str, path: str) -> Fault | None:
-        """Return the fault that strikes this request, if one does."""
-        with self.lock:
-            self.requests.append((method, path))
-            for fault in self.faults:
-                if fault.method == method and fault.path in path and fault.times > 0:
-                    if fault.skip:
-                        fault.skip -= 1
-                        continue
-                    fault.times -= 1
-                    return fault
-        return None
-
-    def repository(self, name: str, kind: str = "datasets") -> Repository:
-        """Return a repository's state."""
-        return self.repositories[kind, name]
-
-    def create(self, kind: str, name: str, *, private: bool) -> Repository:
-        """Make a repository with the Hub's first commit."""
-        made = Repository(private)
-        self.repositories[kind, name] = made
-        self.commit(made, "initial commit", {".gitattributes": self.store(b"*.parquet lfs\n")})
-        return made
-
-    def store(self, content: bytes) -> File:
-        """Keep a small file."""
-        blob = hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
-        (self.folder / "objects" / blob).write_bytes(content)
-        return File(blob, len(content), None)
-
-    def commit(self, repository: Repository, message: str, files: dict[str, File]) -> str:
-        """Add a commit; return its id."""
-        text = f"{next(self._count)} {message} {sorted(files.items())}"
-        oid = hashlib.sha1(text.encode()).hexdigest()
-        repository.commits.append((oid, message, files))
-        return oid
-
-    def path_of(self, file: File) -> Path:
-        """Return where a file's content lies."""
-        return self.folder / "objects" / (file.sha256 or file.blob)
 
 
 def _handler_of(hub: HubServer) -> type[BaseHTTPRequestHandler]:
@@ -290,6 +243,20 @@ class _Handler(BaseHTTPRequestHandler):
             )
         self._answer({"files": answer})
 
+    def xet_token(self, kind: str, repo: str, revision: str) -> None:
+        """Send Xet clients to a store in a folder, which their own library keeps."""
+        self._repository(kind, repo, write=True)
+        store = f"local://{self.server_hub.folder / 'xet'}"
+        expires = 4_000_000_000
+        self._answer(
+            {"casUrl": store, "accessToken": "xet", "exp": expires},
+            headers={
+                "X-Xet-Cas-Url": store,
+                "X-Xet-Access-Token": "xet",
+                "X-Xet-Token-Expiration": str(expires),
+            },
+        )
+
     def batch(self, repo: str, prefix: str | None = None) -> None:
         kind = "datasets" if prefix else "models"
         self._repository(kind, repo, write=True)
@@ -341,10 +308,10 @@ class _Handler(BaseHTTPRequestHandler):
             files[path] = self.server_hub.store(base64.b64decode(value["content"]))
         elif key == "lfsFile":
             place = self.server_hub.folder / "objects" / value["oid"]
-            if not place.is_file():
+            if not place.is_file() and not self.server_hub.xet:
                 raise Refusal(400, "", f"{path}: its content was never uploaded")
             blob = hashlib.sha1(value["oid"].encode()).hexdigest()
-            files[path] = File(blob, place.stat().st_size, value["oid"])
+            files[path] = File(blob, value["size"], value["oid"])
         elif key == "deletedFile":
             if path not in files:
                 raise Refusal(404, "EntryNotFound", "A file with this name doesn't exist")
@@ -440,6 +407,7 @@ _ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("GET", f"/api/{_REPO}/refs", _Handler.refs),
     ("GET", f"/api/{_REPO}(?:/revision/(?P<revision>.+))?", _Handler.info),
     ("POST", f"/api/{_REPO}/preupload/(?P<revision>.+)", _Handler.preupload),
+    ("GET", f"/api/{_REPO}/xet-write-token/(?P<revision>.+)", _Handler.xet_token),
     ("POST", f"/api/{_REPO}/commit/(?P<revision>.+)", _Handler.commit),
     ("POST", f"/api/{_REPO}/tag/(?P<revision>.+)", _Handler.add_tag),
     ("DELETE", f"/api/{_REPO}/tag/(?P<revision>.+)", _Handler.delete_tag),

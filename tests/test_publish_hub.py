@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Iterator
@@ -223,3 +224,24 @@ def test_what_is_there_is_not_sent_again(labels: tuple[Path, ...], hub: HubServe
     sent = [file for file in hub.repository("ann/data").commits[-1][2].values() if file.sha256]
     rankings = hub.repository("ann/data").commits[-1][2]["rankings/train-00000.parquet"]
     assert hub.received - received == sum(file.size for file in sent) - rankings.size
+
+
+def test_files_go_to_xet_storage_where_the_client_speaks_it(
+    hub: HubServer, labels: tuple[Path, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    hub.xet = True
+    publish(options(labels))
+    assert any((hub.folder / "xet").rglob("*"))
+    assert not hub.received
+    files = hub.repository("ann/data").commits[-1][2]
+    manifest = json.loads(hub.path_of(files["manifest.json"]).read_text(encoding="utf-8"))
+    for file in manifest["files"]:
+        assert (files[file["path"]].sha256, files[file["path"]].size) == (
+            file["sha256"],
+            file["bytes"],
+        )
+    publish(options(labels))
+    assert len(hub.repository("ann/data").commits) == 2
