@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -100,6 +100,7 @@ def read_outcome(folders: Sequence[Path], *, kl: float | None = None) -> Outcome
     meetings: dict[str, list[Meeting]] = {}
     by_prompt: dict[Measure, dict[str, list[float]]] = {"win": {}, "gold": {}, "length": {}}
     golds: list[tuple[str, float, float]] = []
+    start_golds: list[float] = []
     per_seed: dict[str, list[float]] = {"win_rate": [], "gold": [], "kl": [], "length": []}
     rewards: dict[str, list[float]] = {"new": [], "start": []}
     lengths: list[tuple[int, int]] = []
@@ -114,12 +115,15 @@ def read_outcome(folders: Sequence[Path], *, kl: float | None = None) -> Outcome
             if row.p is not None:
                 by_prompt["win"].setdefault(row.prompt_id, []).append(_win(row.p))
         per_seed["win_rate"].append(win_rate(first).win_rate.value or 0.0)
-        checked = _gold(folder)
-        golds += checked
-        for prompt_id, new, _ in checked:
+        checked = _checked(folder)
+        met = list(_paired(checked))
+        golds += met
+        for prompt_id, new, _ in met:
             by_prompt["gold"].setdefault(prompt_id, []).append(new)
-        if checked:
-            per_seed["gold"].append(statistics.fmean(new for _, new, _ in checked))
+        if met:
+            per_seed["gold"].append(statistics.fmean(new for _, new, _ in met))
+        for _, scores in checked:
+            start_golds += [value for name, value in scores.items() if name.startswith(OLD)]
         if record["kl"] and "per_completion" in record["kl"]:
             per_seed["kl"].append(record["kl"]["per_completion"]["value"])
         sizes = [(len(row.new.completion), len(row.old.completion)) for row in first]
@@ -137,7 +141,7 @@ def read_outcome(folders: Sequence[Path], *, kl: float | None = None) -> Outcome
         length=statistics.fmean(new for new, _ in lengths),
         length_gain=statistics.fmean(new - old for new, old in lengths),
         start={
-            "gold": _average([old for _, _, old in golds]),
+            "gold": _average(start_golds),
             "reward": statistics.fmean(rewards["start"]),
             "length": statistics.fmean(old for _, old in lengths),
         },
@@ -170,8 +174,8 @@ def _meetings(folder: Path) -> dict[str, list[Meeting]]:
     return found
 
 
-def _gold(folder: Path) -> list[tuple[str, float, float]]:
-    """Return (prompt id, new, start) gold scores of every meeting; none without known slots."""
+def _checked(folder: Path) -> list[tuple[str, dict[str, float]]]:
+    """Return each prompt's gold scores by completion id; none where slots are not known."""
     found = []
     for row in read_rows(folder / "pairs", Candidates):
         if "given" not in row.meta:
@@ -182,11 +186,19 @@ def _gold(folder: Path) -> list[tuple[str, float, float]]:
             )
             for entry in row.completions
         }
-        for place in range(len(scores)):  # one side may have more completions: best of n has one
-            sides = f"{NEW}-{place}", f"{OLD}-{place}"
-            if scores.keys() >= set(sides):
-                found.append((row.prompt_id, scores[sides[0]], scores[sides[1]]))
+        found.append((row.prompt_id, scores))
     return found
+
+
+def _paired(
+    checked: Sequence[tuple[str, Mapping[str, float]]],
+) -> Iterator[tuple[str, float, float]]:
+    """Yield (prompt id, new, start) of every meeting; best of n has one completion, not several."""
+    for prompt_id, scores in checked:
+        for place in range(len(scores)):
+            new, old = f"{NEW}-{place}", f"{OLD}-{place}"
+            if new in scores and old in scores:
+                yield prompt_id, scores[new], scores[old]
 
 
 def _by_prompt(values: Sequence[tuple[str, float]]) -> Estimate | None:

@@ -65,6 +65,7 @@ def _first(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _methods(record: Mapping[str, Any]) -> Section:
     rows, points = [], []
+    spread = len(record["seeds"]) > 1
     for algorithm, row in record["methods"].items():
         rate = _first(row)
         rows.append(
@@ -72,7 +73,7 @@ def _methods(record: Mapping[str, Any]) -> Section:
                 NAMES[algorithm],
                 Cell(_estimate(rate["win_rate"]), percent=True),
                 Cell(_estimate(rate["at_equal_length"]), percent=True),
-                row["spread"].get("win_rate"),
+                *([row["spread"]["win_rate"]] if spread else []),
                 _estimate(row["gold"]),
                 row["kl"],
                 row["reward"],
@@ -91,17 +92,18 @@ def _methods(record: Mapping[str, Any]) -> Section:
             )
         )
     head = [
-        "", "win rate", "at equal length", "spread", "gold", "KL", "reward", "characters",
-        "seconds", "MiB", "models held",
+        "", "win rate", "at equal length", *(["spread"] if spread else []), "gold", "KL", "reward",
+        "chars", "s", "MiB", "models",
     ]  # fmt: skip
     return Section(
         "methods",
         "Against the starting policy",
         f"Win rate over {record['start']}, both orders, level ones half; intervals by prompt over "
-        "all seeds; the spread is the standard deviation of the win rate between seeds. KL in nats "
-        "per completion (best of n: log n - (n - 1) / n). Seconds and memory are those of one "
-        "training (best of n: of its samples), memory above that of an idle process. SFT is on "
-        "each prompt's best completion.",
+        "all seeds"
+        + ("; the spread is the standard deviation between seeds" if spread else "")
+        + ". KL in nats per completion (best of n: log n - (n - 1) / n). Seconds and memory are "
+        "those of one training (best of n: of its samples), memory above that of an idle process; "
+        "models are sets of weights held at one time. SFT is on each prompt's best completion.",
         [
             table(head, rows),
             plot(
