@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from feedback.intervals import LEVEL, Estimate, Resampler, group_sums, mean
+from feedback.intervals import Estimate, Resampler, difference, group_sums
 from feedback.paired import (
     Discordance,
     approximate_items,
@@ -111,7 +111,7 @@ def compare_arms(
     for name, arm, p_value, p_adjusted in zip(
         names[1:], arms, p_values, holm(p_values), strict=True
     ):
-        estimate = _difference(arm, resampler)
+        estimate = difference(resampler, arm.prompts, arm.change)
         looks = _anytime(arm.change, arm.prompts, margin, level) if sequential else None
         if looks is not None:
             conclusion, need = looks.conclusion, looks.need_more
@@ -154,16 +154,6 @@ def _paired(base: Floats, arm: Floats, prompts: npt.NDArray[np.int64]) -> _Paire
     change, groups = arm[rows] - base[rows], prompts[rows]
     plain = len(np.unique(groups)) == len(groups) and not np.any(np.abs(change) == 0.5)
     return _Paired(change, groups, discordance(base[rows], arm[rows]), plain)
-
-
-def _difference(arm: _Paired, resampler: Resampler) -> Estimate:
-    """Return the mean difference; where nothing differs, with the bound on what was missed."""
-    if not len(arm.change) or np.any(arm.change):
-        return mean(resampler, arm.prompts, arm.change)
-    count = len(np.unique(arm.prompts))
-    reach = 1 - ((1 - LEVEL) / 2) ** (1 / count)
-    words = "exact bound on the share of prompts that differ and were not met"
-    return Estimate(0.0, -reach, reach, len(arm.change), count, words)
 
 
 def _decide(estimate: Estimate, p_adjusted: float, near: bool, alpha: float) -> Conclusion:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from feedback.intervals import Estimate, Resampler, average, mean, nothing, proportion
+from feedback.intervals import Estimate, Resampler, average, difference, nothing, proportion
 from feedback.observations import Pairs
 from feedback.records import GoldPair
 
@@ -185,7 +185,7 @@ def leave_one_out(pairs: Pairs, resampler: Resampler) -> LeaveOneOut | None:
     return LeaveOneOut(
         human=average(resampler, prompts, table[:, 0]),
         judge=average(resampler, prompts, table[:, 1]),
-        difference=mean(resampler, prompts, table[:, 1] - table[:, 0]),
+        difference=difference(resampler, prompts, table[:, 1] - table[:, 0]),
         by_annotator=_by_annotator(np.array(names), prompts, table, resampler),
     )
 

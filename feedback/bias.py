@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from feedback.figures import CardSection, Figure
-from feedback.intervals import Estimate, Resampler, nothing, proportion
+from feedback.intervals import Estimate, Resampler, difference, proportion
 from feedback.observations import Pairs
 from feedback.regression import coefficient, standardise
 from feedback.style import ELEMENTS, StyleColumns, style_columns
@@ -134,12 +134,7 @@ def _given_gold(pairs: Pairs, resampler: Resampler) -> list[Figure]:
     rows = both & (np.abs(gap) > LENGTH_THRESHOLD)
     longer = np.sign(gap[rows])
     judge, people = pairs.verdict[rows] == longer, gold[rows] == longer
-    excess = nothing()
-    if rows.any():
-        columns = np.stack([judge.astype(float) - people, np.ones(len(longer))], axis=1)
-        excess = resampler.estimate(
-            pairs.prompt[rows], columns, lambda sums: sums[:, 0] / sums[:, 1]
-        )
+    excess = difference(resampler, pairs.prompt[rows], judge.astype(float) - people)
     return [
         Figure(
             name="length_bias.gold_prefers_longer",

@@ -24,6 +24,7 @@ __all__ = [
     "Resampler",
     "average",
     "binomial_interval",
+    "difference",
     "from_standard_error",
     "group_sums",
     "mean",
@@ -308,6 +309,23 @@ def average(resampler: Resampler, groups: npt.NDArray[np.int64], values: npt.Arr
     if np.isin(array, (0.0, 1.0)).all():
         return proportion(array, groups)
     return mean(resampler, groups, array)
+
+
+def difference(
+    resampler: Resampler, groups: npt.NDArray[np.int64], values: npt.ArrayLike
+) -> Estimate:
+    """Estimate a mean of differences in [-1, 1], with a bootstrap interval by prompt.
+
+    Where every difference is 0 resamples say nothing, and the interval is the exact bound on the
+    share of prompts that differ when none among so many does.
+    """
+    array = np.asarray(values, float)
+    if not len(array) or np.any(array):
+        return mean(resampler, groups, array)
+    count = len(np.unique(groups))
+    reach = 1 - ((1 - LEVEL) / 2) ** (1 / count)
+    words = "exact bound on the share of prompts that differ and were not met"
+    return Estimate(0.0, -reach, reach, len(array), count, words)
 
 
 def from_standard_error(

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from feedback.figures import CardSection, Figure
-from feedback.intervals import Estimate, Resampler, mean, nothing, proportion
+from feedback.intervals import Estimate, Resampler, difference, mean, nothing, proportion
 from feedback.observations import Pairs
 
 __all__ = ["logit_shift", "order_consistency", "position_section", "slot_counts"]
@@ -222,7 +222,7 @@ def _direction(
         _figure(
             "preference_fairness",
             "Preference fairness (PF)",
-            mean(resampler, rows.prompt, recency - primacy),
+            difference(resampler, rows.prompt, recency - primacy),
             "Recency minus primacy over all pairs: -1 always the first place, +1 always the "
             "second, 0 no direction.",
             fair=0.0,

@@ -13,6 +13,7 @@ from feedback.intervals import (
     Resampler,
     average,
     binomial_interval,
+    difference,
     from_standard_error,
     group_sums,
     mean,
@@ -150,6 +151,18 @@ def test_average_is_exact_on_zeros_and_ones() -> None:
     resampler = Resampler(groups)
     assert "exact" in average(resampler, groups, np.ones(40)).method
     assert "bootstrap" in average(resampler, groups, np.linspace(0, 1, 40)).method
+
+
+def test_differences_that_are_all_zero_have_an_exact_bound() -> None:
+    """0.025^(1/100) = 0.9638: with 3.6% of prompts differing, none among 100 is just possible."""
+    groups = np.repeat(np.arange(100), 2)
+    resampler = Resampler(groups, replicates=200)
+    none = difference(resampler, groups, np.zeros(200))
+    assert none.value == 0.0 and none.n == 200 and none.prompts == 100
+    assert none.high == pytest.approx(0.0362, abs=1e-4) and none.low == -none.high
+    some = difference(resampler, groups, np.eye(1, 200)[0])
+    assert some == mean(Resampler(groups, replicates=200), groups, np.eye(1, 200)[0])
+    assert difference(resampler, groups[:0], []).value is None
 
 
 def test_standard_error_interval() -> None:
