@@ -1,18 +1,19 @@
 """The comparison's figures, read from its finished run.
 
-    make compare-study            (make compare, with three seeds and both experiments)
-    python benchmarks/compare.py [runs/compare]
+    make compare                  or make compare-study, with three seeds and both experiments
+    python benchmarks/compare.py [runs/compare] [--note TEXT]
 
-Writes benchmarks/results/compare.json. Seconds are those of the machine that ran it.
+Writes benchmarks/results/compare.json. Seconds are those of the machine that ran it; the note says
+what else there is to know of it.
 """
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
 import platform
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,13 +54,18 @@ def _estimate(name: str, value: Mapping[str, Any]) -> dict[str, float]:
 
 def main() -> None:
     """Read, write and print the figures."""
-    run = Path(sys.argv[1]) if sys.argv[1:] else ROOT / "runs" / "compare"
-    record = json.loads((run / "comparison.json").read_text(encoding="utf-8"))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", nargs="?", type=Path, default=ROOT / "runs" / "compare")
+    parser.add_argument("--note", default="")
+    given = parser.parse_args()
+    record = json.loads((given.run / "comparison.json").read_text(encoding="utf-8"))
+    target = "compare-study" if "bias" in record else "compare"
+    hardware = f"{os.cpu_count()} CPU cores ({platform.machine()})"
     result = {
         "bench": "compare",
-        "command": "make compare-study && python benchmarks/compare.py",
+        "command": f"make {target} && python benchmarks/compare.py",
         "date": datetime.date.today().isoformat(),
-        "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()})",
+        "hardware": f"{hardware}; {given.note}" if given.note else hardware,
         "versions": record["versions"],
         "figures": figures(record),
         "runs": {name: value for name, value in record.items() if name != "versions"},
