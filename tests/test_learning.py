@@ -1,4 +1,5 @@
-"""A reward model on the pocket policy orders completions of prompts it never saw.
+"""On the pocket policy: a reward model orders completions of prompts it never saw; DPO and RRHF
+write better ones.
 
 Completions are sampled from the policy itself and ordered by the programmatic check, which serves
 here as a judge without noise.
@@ -10,21 +11,22 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 
 from feedback.goldcheck import gold_score
 from feedback.pocket import model_path
 from feedback.records import Prompt, Ranking, decode
 from tests.preference_rows import write_rows
-from train import reward
+from train import dpo, reward, rrhf
 from train.chat import ChatFormat
-from train.config import RewardOptions, TrainOptions
+from train.config import DpoOptions, RewardOptions, RrhfOptions, TrainOptions
 from train.models import load_model, load_tokenizer
 from train.sampler import CachedSampler, SamplingPlan
 
 pytestmark = pytest.mark.slow
 
-TRAIN, HELD, COPIES = 128, 64, 4
+TRAIN, FRESH, HELD, COPIES = 160, 160, 64, 4
 
 
 class Written(NamedTuple):
@@ -73,6 +75,10 @@ class Setting(NamedTuple):
 
     train: str
     held: str
+    prompts: list[Prompt]
+    """More requests of the kind trained on, none of them trained on."""
+    before: np.ndarray
+    """Mean check of the untrained policy's completions of each, (FRESH,)."""
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +91,8 @@ def setting(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Setting:
         lines = (root / "prompts" / "sets" / f"{name}.jsonl").read_bytes().splitlines()
         return [decode(line, Prompt) for line in lines[:count]]
 
-    train, held = read("booking-train", TRAIN), read("booking-eval", HELD)
+    known, held = read("booking-train", TRAIN + FRESH), read("booking-eval", HELD)
+    train, fresh = known[:TRAIN], known[TRAIN:]
     rows = {}
     for name, prompts in (("train", train), ("held", held)):
         written = write("pocket:policy", prompts, n=COPIES, seed=1)
@@ -93,7 +100,13 @@ def setting(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Setting:
         useful = [row for row in ranked if len(row.ranking) > 1]
         assert len(useful) > len(prompts) / 4  # the policy is neither perfect nor hopeless
         rows[name] = write_rows(folder / f"rankings-{name}.jsonl", useful)
-    return Setting(rows["train"], rows["held"])
+    before = means(write("pocket:policy", fresh, n=COPIES, seed=1))
+    return Setting(rows["train"], rows["held"], fresh, before)
+
+
+def means(written: list[list[Written]]) -> np.ndarray:
+    """Return the mean check of each prompt's completions."""
+    return np.array([np.mean([sample.score for sample in samples]) for samples in written])
 
 
 LEARN: dict[str, Any] = {
@@ -112,3 +125,18 @@ def test_reward_model_orders_unseen_prompts(setting: Setting, tmp_path: Path) ->
     assert report["data"] == "held-out prompts"
     assert report["accuracy"]["low"] > 0.5
     assert report["invariance"]["holds"], report["invariance"]
+
+
+@pytest.mark.parametrize("algorithm", ["dpo", "rrhf"])
+def test_policies_write_better_completions(
+    setting: Setting, tmp_path: Path, algorithm: str
+) -> None:
+    settings: dict[str, Any] = {"data": (setting.train,), "output": tmp_path / "policy", **LEARN}
+    if algorithm == "dpo":
+        dpo.run(DpoOptions(**settings, epochs=3.0, learning_rate=2e-4, beta=0.3, nll_weight=3.0))
+    else:
+        rrhf.run(RrhfOptions(**settings, epochs=3.0, learning_rate=2e-4))
+    after = means(write(str(tmp_path / "policy"), setting.prompts, n=COPIES, seed=2))
+    gain = after - setting.before
+    error = gain.std(ddof=1) / len(gain) ** 0.5
+    assert gain.mean() > 1.96 * error, (gain.mean(), error)

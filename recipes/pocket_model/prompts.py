@@ -15,7 +15,7 @@ from feedback.records import Prompt, content_id, encode, normalise_text
 from feedback.shards import write_text
 from recipes.pocket_model.bookings import Booking, make_booking
 
-__all__ = ["SETS", "banned_openings", "make_sets", "prompt_of"]
+__all__ = ["SETS", "banned_openings", "make_sets", "opening", "prompt_of"]
 
 SETS = Path(__file__).parents[2] / "prompts" / "sets"
 _SIZES = {"booking-train": 480, "booking-eval": 200}
@@ -37,7 +37,8 @@ def prompt_of(booking: Booking) -> Prompt:
     )
 
 
-def _opening(prompt: Prompt) -> str:
+def opening(prompt: Prompt) -> str:
+    """Return the normalised first message: what tells requests apart."""
     first = prompt.prompt if isinstance(prompt.prompt, str) else prompt.prompt[0]["content"]
     return normalise_text(first)
 
@@ -51,8 +52,8 @@ def make_sets() -> dict[str, list[Prompt]]:
         rows: list[Prompt] = []
         while len(rows) < size:
             prompt = prompt_of(make_booking(rng, held_out=name == "booking-eval"))
-            if _opening(prompt) not in seen:
-                seen.add(_opening(prompt))
+            if opening(prompt) not in seen:
+                seen.add(opening(prompt))
                 rows.append(prompt)
         sets[name] = rows
     return sets
@@ -60,7 +61,7 @@ def make_sets() -> dict[str, list[Prompt]]:
 
 def banned_openings() -> frozenset[str]:
     """Return the normalised first messages of both sets, which training text must not hold."""
-    return frozenset(_opening(prompt) for rows in make_sets().values() for prompt in rows)
+    return frozenset(opening(prompt) for rows in make_sets().values() for prompt in rows)
 
 
 def main() -> None:
