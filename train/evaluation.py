@@ -18,7 +18,7 @@ import numpy as np
 from feedback.backends.opening import open_backend
 from feedback.config import EngineOptions, recipe_of
 from feedback.goldcheck import gold_score
-from feedback.intervals import Estimate, Resampler, mean, ratio
+from feedback.intervals import Estimate, Resampler, average, mean, ratio
 from feedback.labeling import JudgeOptions, Work, answer
 from feedback.progress import say
 from feedback.records import Candidates, prompt_messages
@@ -160,8 +160,8 @@ def _side_means(
     gain = resampler.estimate(
         groups, columns, lambda sums: sums[:, 0] / sums[:, 1] - sums[:, 2] / sums[:, 3]
     )
-    before = mean(resampler, groups[~new], scores[~new])
-    after = mean(resampler, groups[new], scores[new])
+    before = average(resampler, groups[~new], scores[~new])
+    after = average(resampler, groups[new], scores[new])
     return before, after, gain
 
 
