@@ -221,10 +221,7 @@ def _label_jobs(shared: Comparison) -> list[Job]:
         output = options.folder / "policies" / name
         jobs.append(shared.evaluate(name, model=output, needs=name, seed=seed))
         if "methods" not in options.parts or "dpo" not in options.algorithms:
-            mine = f"dpo-{seed}"
-            jobs.append(shared.train("dpo", mine, seed))
-            output = options.folder / "policies" / mine
-            jobs.append(shared.evaluate(mine, model=output, needs=mine, seed=seed))
+            jobs += _method_jobs(shared, "dpo", seed)  # the very same: it may be done already
     return jobs
 
 
