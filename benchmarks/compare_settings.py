@@ -26,7 +26,7 @@ from feedback.progress import say
 from feedback.records import encode
 from feedback.shards import write_text
 from recipes.pocket_model.bookings import make_booking
-from recipes.pocket_model.prompts import banned_openings, prompt_of
+from recipes.pocket_model.prompts import banned_openings, opening, prompt_of
 from train.compare import prepare
 from train.compare_config import CompareOptions
 from train.compare_jobs import Job, run_jobs
@@ -42,9 +42,8 @@ def draw_prompts(path: Path) -> Path:
     rng, seen, rows = random.Random(SEED), set(banned_openings()), []
     while len(rows) < PROMPTS:
         row = prompt_of(make_booking(rng, held_out=False))
-        first = row.prompt if isinstance(row.prompt, str) else row.prompt[0]["content"]
-        if first not in seen:
-            seen.add(first)
+        if opening(row) not in seen:
+            seen.add(opening(row))
             rows.append(row)
     write_text(path, "".join(encode(row).decode() + "\n" for row in rows))
     return path
