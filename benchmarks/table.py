@@ -36,6 +36,8 @@ LINES = [
     Line("demo", "second_judge_win_rate_low", "lower end of its 95% interval", "{:.3f}"),
     Line("demo", "gold_before", "demo: gold check before", "{:.3f}"),
     Line("demo", "gold_after", "demo: gold check after", "{:.3f}"),
+    Line("demo_fresh", "mean_second_judge_win_rate", "demo on fresh requests: win rate, mean of the seeds", "{:.3f}"),
+    Line("demo_fresh", "least_second_judge_win_rate_low", "lowest lower end among the seeds", "{:.3f}"),
     Line("pocket", "judge_accuracy", "embedded judge: accuracy on constructed pairs", "{:.3f}"),
     Line("pocket", "judge_order_consistency", "embedded judge: same verdict in both orders", "{:.3f}"),
     Line("pocket", "judge_accuracy_true_vs_sample", "embedded judge: true turn against own sample", "{:.3f}"),
@@ -45,7 +47,7 @@ LINES = [
     Line("judge_client", "pairs_per_s", "judge client, 50 ms server: pairs/s", "{:,.0f}"),
     Line("judge_client", "ratio_to_bare_asyncio", "the same, over bare asyncio", "{:.2f}"),
     Line("judge_client", "ratio_to_best_peer", "the same, over the best peer", "{:.1f}x"),
-    Line("judge_client", "rows_lost_at_400", "rows lost beyond the failed ones at 0.5% HTTP 400", "{:.0f}"),
+    Line("judge_client", "rows_lost_at_400", "rows of 1,000 without a verdict when 5 requests get HTTP 400", "{:.0f}"),
     Line("judge_faults", "kills", "kill -9 at random points, then resume: kills", "{:.0f}"),
     Line("judge_faults", "lost", "verdicts lost", "{:.0f}"),
     Line("judge_faults", "doubled", "verdicts doubled", "{:.0f}"),
@@ -68,6 +70,8 @@ LINES = [
             ("real_tokens_per_s", "real tokens/s", "{:,.0f}"),
         )
     ),
+    Line("reward_quality", "ukp_accuracy", "reward model on unseen UKP debates: accuracy", "{:.3f}"),
+    Line("reward_quality", "ukp_bag_of_words", "the same, bag of words", "{:.3f}"),
     Line("train_ppo", "speedup_vs_trl112", "PPO: times TRL 1.12, `generate` on both sides", "{:.1f}x"),
     Line("train_ppo", "speedup_vs_trl112_vllm", "PPO with vLLM rollouts: times TRL 1.12", "{:.1f}x"),
     Line("train_ppo", "peak_gib", "PPO: peak memory, GiB", "{:.1f}"),
@@ -101,9 +105,10 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             continue
         value = line.form.format(result["figures"][line.figure])
         hardware = result["hardware"]
-        where = hardware if isinstance(hardware, str) else hardware.get("name", "")
-        script = re.search(r"\S+\.py|make \S+|rlaif \S+", result["command"])
-        by = script.group() if script else result["command"]
+        name = hardware if isinstance(hardware, str) else hardware.get("name", "")
+        where = name.partition(";")[0]
+        script = re.search(r"\S+\.py|make \S+|-m (\S+)|rlaif \S+", result["command"])
+        by = (script.group(1) or script.group()) if script else result["command"]
         rows.append(f"| {line.words} | {value} | {where} | `{by}` |")
     return "\n".join(rows)
 
