@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from feedback.errors import InputError
+from feedback.errors import InputError, RecipeError
 from tests.packed_helpers import make_model, relative
 from train.attention import with_layout
 from train.batches import Packing, StepDataset
@@ -149,3 +149,8 @@ def test_a_model_from_scratch_needs_a_tokenizer(tmp_path: Path) -> None:
 def test_shapes_that_do_not_divide_are_refused(tmp_path: Path, tiny_model: Path) -> None:
     with pytest.raises(InputError, match="multiple of heads"):
         train(tmp_path, "scratch", ROWS, tokenizer=str(tiny_model), shape=ModelShape(width=66))
+
+
+def test_an_option_that_would_do_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="accept_bias does nothing in sft"):
+        SftOptions(data=(), output=tmp_path, accept_bias=("length_bias.prefer_longer",))

@@ -200,6 +200,12 @@ class SftOptions(TrainOptions):
     engine: Literal["packed", "trl"] = "packed"
     """trl runs TRL's own SFTTrainer on the same rows, as a cross-check."""
 
+    def __post_init__(self) -> None:
+        """Refuse what would do nothing."""
+        super().__post_init__()
+        if self.accept_bias:
+            raise RecipeError("accept_bias does nothing in sft, which reads no judge's labels")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RewardOptions(TrainOptions):
