@@ -3,7 +3,7 @@
     make compare                  or make compare-study, with three seeds and both experiments
     python benchmarks/compare.py [runs/compare] [--note TEXT]
 
-Writes benchmarks/results/compare.json. Seconds are those of the machine that ran it; the note says
+Writes benchmarks/results/compare.json, or that of another ``--bench``. Seconds are those of the machine that ran it; the note says
 what else there is to know of it.
 """
 
@@ -57,20 +57,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", nargs="?", type=Path, default=ROOT / "runs" / "compare")
     parser.add_argument("--note", default="")
+    parser.add_argument("--bench", default="compare", help="name of the result file")
+    parser.add_argument("--made-by", default="", help="the command that made the run")
     given = parser.parse_args()
     record = json.loads((given.run / "comparison.json").read_text(encoding="utf-8"))
-    target = "compare-study" if "bias" in record else "compare"
+    target = "make compare-study" if "bias" in record else "make compare"
     hardware = f"{os.cpu_count()} CPU cores ({platform.machine()})"
     result = {
-        "bench": "compare",
-        "command": f"make {target} && python benchmarks/compare.py",
+        "bench": given.bench,
+        "command": f"{given.made_by or target} && python benchmarks/compare.py",
         "date": datetime.date.today().isoformat(),
         "hardware": f"{hardware}; {given.note}" if given.note else hardware,
         "versions": record["versions"],
         "figures": figures(record),
         "runs": {name: value for name, value in record.items() if name != "versions"},
     }
-    write_json(ROOT / "benchmarks" / "results" / "compare.json", result)
+    write_json(ROOT / "benchmarks" / "results" / f"{given.bench}.json", result)
     print(json.dumps(result["figures"], indent=2))
 
 
