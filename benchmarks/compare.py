@@ -3,8 +3,8 @@
     make compare                  or make compare-study, with three seeds and both experiments
     python benchmarks/compare.py [runs/compare] [--note TEXT]
 
-Writes benchmarks/results/compare.json, or that of another ``--bench``. Seconds are those of the machine that ran it; the note says
-what else there is to know of it.
+Writes benchmarks/results/compare.json, or that of another ``--bench``. Seconds are those of the
+machine that ran it; the note says what else there is to know of it.
 """
 
 from __future__ import annotations
