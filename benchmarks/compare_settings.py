@@ -23,10 +23,7 @@ from typing import Any
 
 from feedback.config import load_recipe
 from feedback.progress import say
-from feedback.records import encode
-from feedback.shards import write_text
-from recipes.pocket_model.bookings import make_booking
-from recipes.pocket_model.prompts import banned_openings, opening, prompt_of
+from recipes.pocket_model.prompts import banned_openings, draw_prompts, write_prompts
 from train.compare import prepare
 from train.compare_config import CompareOptions
 from train.compare_jobs import Job, run_jobs
@@ -37,15 +34,11 @@ ROOT = Path(__file__).parent.parent
 SEED, PROMPTS, COMPLETIONS = 2026, 300, 2
 
 
-def draw_prompts(path: Path) -> Path:
+def trial_prompts(path: Path) -> Path:
     """Write the requests that settings are tried on."""
-    rng, seen, rows = random.Random(SEED), set(banned_openings()), []
-    while len(rows) < PROMPTS:
-        row = prompt_of(make_booking(rng, held_out=False))
-        if opening(row) not in seen:
-            seen.add(opening(row))
-            rows.append(row)
-    write_text(path, "".join(encode(row).decode() + "\n" for row in rows))
+    seen = set(banned_openings())
+    rows = draw_prompts(random.Random(SEED), PROMPTS, held_out=False, seen=seen)
+    write_prompts(path, rows)
     return path
 
 
@@ -69,7 +62,7 @@ def main() -> None:
     given = parser.parse_args()
     folder = given.folder.with_name(given.folder.name + "-settings")
     recipe = load_recipe(given.recipe)
-    prompts = draw_prompts(folder / "prompts.jsonl")
+    prompts = trial_prompts(folder / "prompts.jsonl")
     recipe["evaluate"] |= {"prompts": str(prompts), "completions": COMPLETIONS}
     options = CompareOptions(folder=folder, recipe=str(given.recipe))
     shared = prepare(options, recipe, data=given.folder / "data")

@@ -25,29 +25,11 @@ from typing import Any
 
 from demo import figures, stage_seconds
 
-from feedback.records import Prompt, encode
 from feedback.shards import package_versions, write_json, write_text
-from recipes.pocket_model.bookings import make_booking
-from recipes.pocket_model.prompts import banned_openings, opening, prompt_of
+from recipes.pocket_model.prompts import banned_openings, draw_prompts, write_prompts
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes" / "pocket.toml"
-
-
-def draw(rng: random.Random, count: int, *, held_out: bool, seen: set[str]) -> list[Prompt]:
-    """Return requests whose first message is not among ``seen``; adds theirs to it."""
-    rows: list[Prompt] = []
-    while len(rows) < count:
-        prompt = prompt_of(make_booking(rng, held_out=held_out))
-        if opening(prompt) not in seen:
-            seen.add(opening(prompt))
-            rows.append(prompt)
-    return rows
-
-
-def write_prompts(path: Path, rows: list[Prompt]) -> None:
-    """Write a prompt set."""
-    write_text(path, "".join(encode(row).decode() + "\n" for row in rows))
 
 
 def recipe(folder: Path, seed: int) -> str:
@@ -72,8 +54,8 @@ def run_seed(folder: Path, seed: int) -> dict[str, Any]:
     """Run the whole chain with one seed and return its figures."""
     folder.mkdir(parents=True, exist_ok=True)
     rng, seen = random.Random(10_000 + seed), set(banned_openings())
-    write_prompts(folder / "train.jsonl", draw(rng, 480, held_out=False, seen=seen))
-    write_prompts(folder / "eval.jsonl", draw(rng, 200, held_out=True, seen=seen))
+    write_prompts(folder / "train.jsonl", draw_prompts(rng, 480, held_out=False, seen=seen))
+    write_prompts(folder / "eval.jsonl", draw_prompts(rng, 200, held_out=True, seen=seen))
     write_text(folder / "recipe.toml", recipe(folder, seed))
     command = [sys.executable, "-m", "train.cli", "run", "--recipe", str(folder / "recipe.toml")]
     subprocess.run(command, check=True, cwd=ROOT)

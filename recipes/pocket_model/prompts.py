@@ -15,7 +15,15 @@ from feedback.records import Prompt, content_id, encode, normalise_text
 from feedback.shards import write_text
 from recipes.pocket_model.bookings import Booking, make_booking
 
-__all__ = ["SETS", "banned_openings", "make_sets", "opening", "prompt_of"]
+__all__ = [
+    "SETS",
+    "banned_openings",
+    "draw_prompts",
+    "make_sets",
+    "opening",
+    "prompt_of",
+    "write_prompts",
+]
 
 SETS = Path(__file__).parents[2] / "prompts" / "sets"
 _SIZES = {"booking-train": 480, "booking-eval": 200}
@@ -43,20 +51,30 @@ def opening(prompt: Prompt) -> str:
     return normalise_text(first)
 
 
+def draw_prompts(rng: random.Random, count: int, *, held_out: bool, seen: set[str]) -> list[Prompt]:
+    """Return requests whose first message is not among ``seen``, and add theirs to it."""
+    rows: list[Prompt] = []
+    while len(rows) < count:
+        prompt = prompt_of(make_booking(rng, held_out=held_out))
+        if opening(prompt) not in seen:
+            seen.add(opening(prompt))
+            rows.append(prompt)
+    return rows
+
+
+def write_prompts(path: Path, rows: list[Prompt]) -> None:
+    """Write a prompt set, one row a line."""
+    write_text(path, "".join(encode(row).decode() + "\n" for row in rows))
+
+
 def make_sets() -> dict[str, list[Prompt]]:
     """Return both sets; no two prompts share a first message."""
     rng = random.Random(_SEED)
     seen: set[str] = set()
-    sets: dict[str, list[Prompt]] = {}
-    for name, size in _SIZES.items():
-        rows: list[Prompt] = []
-        while len(rows) < size:
-            prompt = prompt_of(make_booking(rng, held_out=name == "booking-eval"))
-            if opening(prompt) not in seen:
-                seen.add(opening(prompt))
-                rows.append(prompt)
-        sets[name] = rows
-    return sets
+    return {
+        name: draw_prompts(rng, size, held_out=name == "booking-eval", seen=seen)
+        for name, size in _SIZES.items()
+    }
 
 
 def banned_openings() -> frozenset[str]:
@@ -68,7 +86,7 @@ def main() -> None:
     """Write both files."""
     for name, rows in make_sets().items():
         path = SETS / f"{name}.jsonl"
-        write_text(path, "".join(encode(row).decode() + "\n" for row in rows))
+        write_prompts(path, rows)
         print(f"{path}: {len(rows)} prompts")
 
 
