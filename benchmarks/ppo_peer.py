@@ -157,7 +157,9 @@ def _our_rollout(folder: Path, device: str) -> tuple[Run, Rollout]:
         PpoOptions(
             prompts=(str(folder / "prompts.jsonl"),),
             output=folder / "out",
-            reward=RewardSource(kind="model", models=(str(folder / "reward"),)),
+            reward=RewardSource(
+                kind="model", models=(str(folder / "reward"),), precision="float32"
+            ),
             model=str(folder / "policy"),
             reference_model=str(folder / "reference"),
             steps=1,

@@ -164,8 +164,11 @@ def jobs(args: argparse.Namespace) -> list[Job]:
     return listed
 
 
-def run_jobs(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Run the jobs until the time is over; a job that fails is reported as failed."""
+def run_jobs(args: argparse.Namespace, proof: dict[str, float]) -> list[dict[str, Any]]:
+    """Run the jobs until the time is over; a job that fails is reported as failed.
+
+    The result file is written after each, so that a run that is cut short keeps what it has.
+    """
     rows = []
     for name, job in jobs(args):
         if args.jobs and not any(wanted in name for wanted in args.jobs):
@@ -184,6 +187,8 @@ def run_jobs(args: argparse.Namespace) -> list[dict[str, Any]]:
             row["episodes_per_s"] = args.prompts * args.completions / row["time/step"]
         rows.append(row)
         print(line(row), flush=True)
+        if args.out:
+            save(args, rows, proof)
     return rows
 
 
@@ -251,7 +256,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=53)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--warm", type=int, default=1)
+    parser.add_argument("--warm", type=int, default=2, help="steps not counted: compiling")
     parser.add_argument("--row-tokens", type=int, default=32768)
     parser.add_argument("--trl-batch", type=int, default=32, help="TRL's micro-batch")
     parser.add_argument("--vllm", action="store_true", help="vLLM rollouts on a CPU too")
@@ -267,12 +272,10 @@ def main() -> None:
     sys.path.insert(0, args.trl)
     proof = {} if args.no_proof else prove(Path(args.scratch) / "proof", device=args.device)
     write_work(args)
-    rows = run_jobs(args)
+    rows = run_jobs(args, proof)
     print("\n" + "\n".join(line(row) for row in rows))
     for name, value in figures_of(rows).items():
         print(f"{name}: {value:.4g}")
-    if args.out:
-        save(args, rows, proof)
 
 
 if __name__ == "__main__":

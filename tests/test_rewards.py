@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -145,6 +146,23 @@ def test_a_reward_model_of_the_policys_vocabulary_starts_the_value_model(
     assert isinstance(scorer, RewardModel)
     assert torch.equal(this.networks.module.value_model.score.weight, scorer.model.score.weight)
     assert this.networks.module.value_model is not scorer.model
+
+
+def test_reward_models_are_loaded_in_the_precision_asked_for(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    from test_reward_model import fresh
+
+    fresh(tiny_model).save(tmp_path / "reward-model")
+    source = RewardSource(
+        kind="model", models=(str(tmp_path / "reward-model"),), precision="bfloat16"
+    )
+    rounded = open_reward(source, device="cpu")
+    assert isinstance(rounded, RewardModel)
+    assert rounded.model.dtype == torch.bfloat16
+    exact = open_reward(dataclasses.replace(source, precision="auto"), device="cpu")
+    assert isinstance(exact, RewardModel)
+    assert exact.model.dtype == torch.float32
 
 
 @pytest.mark.parametrize("rule", ["mean", "min", "uwo"])

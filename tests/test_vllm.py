@@ -48,7 +48,7 @@ TOLERANCE = 2e-4
 """In probability: float32 on both sides, summed in other orders."""
 
 IN_PROCESS = """
-import dataclasses, json, sys
+import dataclasses, json, os, sys
 sys.path.insert(0, "tests")
 
 from test_vllm import judge_calls, sample_calls
@@ -64,6 +64,10 @@ def main():
     ))
     lora, backend._adapter = backend._adapter, None
     found = {"note": backend.prepare(("A", "B")).note, "revision": backend.identity.revision}
+    from vllm import envs
+    known = envs.environment_variables
+    found["unknown"] = [n for n in os.environ if n.startswith("VLLM_") and n not in known]
+    found["method"] = envs.VLLM_WORKER_MULTIPROC_METHOD
     found["judged"] = list(backend.judge(judge_calls()))
     taken = []
     def counted():
@@ -275,6 +279,12 @@ def test_both_orders_share_their_beginning(in_process: dict[str, Any]) -> None:
     assert again / prompt > 0.8
     assert {row["usage"]["completion_tokens"] for row in in_process["judged"]} == {1}
     assert all(row["text"] for row in in_process["judged"])
+
+
+def test_the_engine_runs_in_a_fresh_process(in_process: dict[str, Any]) -> None:
+    """A fork of a process whose torch has threads can hang for ever; vLLM's default is a fork."""
+    assert in_process["method"] == "spawn"
+    assert in_process["unknown"] == []  # a misspelt variable would be ignored
 
 
 def test_calls_are_read_ahead_but_not_all_at_once(in_process: dict[str, Any]) -> None:

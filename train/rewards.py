@@ -49,7 +49,9 @@ def open_reward(
         return open_judge_reward(source, references=references or {})
     if source.kind == "none":
         raise RecipeError("no reward: kind is 'none'")
-    members = [load_reward_model(name, device=device) for name in source.models]
+    members = [
+        load_reward_model(name, device=device, precision=source.precision) for name in source.models
+    ]
     if len(members) == 1:
         return members[0]
     return RewardEnsemble(members, rule=source.ensemble, uwo_lambda=source.uwo_weight)

@@ -325,7 +325,7 @@ def open_engine(options: EngineOptions, path: str) -> VllmBackend:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     # A fork of a process whose torch has threads can wait for ever on a lock that one of them held.
-    os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 
