@@ -180,7 +180,7 @@ def _quantization(quantize: str) -> Any:
     from transformers import BitsAndBytesConfig
 
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError("quantize needs the package bitsandbytes: pip install bitsandbytes")
+        raise InputError("quantize needs the package bitsandbytes: pip install 'rlaif[quantize]'")
     if quantize == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
