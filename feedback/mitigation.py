@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.optimize import brentq
 
 from feedback.agreement import halves
 from feedback.annotators import bradley_terry_judges, dawid_skene, pair_votes
@@ -44,6 +45,11 @@ class LengthCorrection:
     def fit(cls, pairs: Pairs) -> LengthCorrection:
         """Estimate the pull from a judge's pairs, at equal gold or, without it, at equal models.
 
+        The coefficient is the one that leaves nothing to find: a logistic regression of the
+        corrected labels gives length the weight 0. The weight that the labels have uncorrected is
+        too small a pull wherever the judge sees more than length: averaging over what else moved
+        its logits flattens the curve (Gail, Wieand and Piantadosi 1984, Biometrika 71).
+
         Raises:
             ValueError: no pair has texts and a verdict.
         """
@@ -62,8 +68,7 @@ class LengthCorrection:
         if np.isfinite(part.gold).all():
             columns.insert(1, part.gold)
         columns = [columns[0], *(column for column in columns[1:] if np.any(column))]
-        fit = fit_logistic(np.stack(columns, axis=1), target[rows], part.prompt, ridge=1e-4)
-        return cls(float(fit.coefficients[0]), scale)
+        return cls(_pull(np.stack(columns, axis=1), target[rows], part.prompt), scale)
 
     def apply(self, p: npt.ArrayLike, length_a: npt.ArrayLike, length_b: npt.ArrayLike) -> Floats:
         """Return P(a preferred) without the pull of length; 1/2 stays 1/2 at equal lengths."""
@@ -71,6 +76,22 @@ class LengthCorrection:
         gap = np.asarray(length_a, float) - np.asarray(length_b, float)
         pull = self.coefficient * np.tanh(gap / self.scale)
         return sigmoid(np.log(known / (1 - known)) - pull)
+
+
+def _pull(design: Floats, p: Floats, prompts: npt.NDArray[np.int64]) -> float:
+    """Return what to take off the logits, per unit of column 0, so that its weight becomes 0."""
+    known = np.clip(p, _TINY, 1 - _TINY)
+    logits = np.log(known / (1 - known))
+
+    def weight_left(pull: float) -> float:
+        labels = sigmoid(logits - pull * design[:, 0])
+        return float(fit_logistic(design, labels, prompts, ridge=1e-4).coefficients[0])
+
+    # Beyond this a label of probability 0 or 1 says the opposite at a middling difference.
+    most = 2 * float(np.log(1 / _TINY))
+    if weight_left(-most) < 0 or weight_left(most) > 0:
+        return most if weight_left(0.0) > 0 else -most
+    return float(brentq(weight_left, -most, most, xtol=1e-4))
 
 
 def _one_order(pairs: Pairs) -> Floats:

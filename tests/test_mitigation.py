@@ -10,6 +10,7 @@ from feedback.annotators import bradley_terry_judges, dawid_skene, pair_votes
 from feedback.intervals import Resampler
 from feedback.mitigation import LengthCorrection, mitigation_section, remedies
 from feedback.observations import collect
+from feedback.regression import fit_logistic
 from feedback.simulation import Planted, simulate
 
 
@@ -92,21 +93,30 @@ def test_bradley_terry_gradient_is_right() -> None:
 # --- remedies --------------------------------------------------------------------------------
 
 
-def test_length_correction_recovers_and_removes_the_pull() -> None:
-    simulated = simulate(Planted(length=1.0, soft=True, lean=0.2), prompts=300, seed=5)
-    pairs = simulated.pairs()
+@pytest.mark.parametrize("planted", [-1.0, 0.0, 1.0, 2.0])
+def test_length_correction_recovers_and_removes_the_pull(planted: float) -> None:
+    pairs = simulate(Planted(length=planted, soft=True, lean=0.2), prompts=600, seed=5).pairs()
     correction = LengthCorrection.fit(pairs)
-    assert correction.coefficient > 0.4
+    assert correction.coefficient == pytest.approx(planted, abs=0.1)
     lengths = pairs.lengths
     corrected = correction.apply(pairs.mean_p, lengths[:, 0], lengths[:, 1])
-    gold = pairs.gold
-    before = ((pairs.mean_p > 0.5) == (gold > 0)).mean()
-    after = ((corrected > 0.5) == (gold > 0)).mean()
-    assert after > before
-    longer = lengths[:, 0] > lengths[:, 1]
-    assert abs(((corrected > 0.5) == longer).mean() - 0.5) < abs(
-        ((pairs.mean_p > 0.5) == longer).mean() - 0.5
-    )
+    pull = np.tanh((lengths[:, 0] - lengths[:, 1]) / correction.scale)
+    left = fit_logistic(np.stack([pull, pairs.gold], axis=1), corrected, pairs.prompt)
+    assert left.coefficients[0] == pytest.approx(0, abs=0.05)
+    gold = pairs.gold > 0
+    before = ((pairs.mean_p > 0.5) == gold).mean()
+    after = ((corrected > 0.5) == gold).mean()
+    assert after > 0.9
+    assert after - before > 0.03 * abs(planted) - 0.01
+
+
+def test_length_correction_of_hard_verdicts_by_length_alone() -> None:
+    """What length decides and nothing else, corrected, says nothing."""
+    pairs = with_texts([("t" * (10 + n), "u" * 5, "12", None) for n in range(5)])
+    correction = LengthCorrection.fit(pairs)
+    lengths = pairs.lengths
+    corrected = correction.apply(pairs.mean_p, lengths[:, 0], lengths[:, 1])
+    assert corrected.mean() == pytest.approx(0.5, abs=0.2)
 
 
 def test_length_correction_by_hand() -> None:
