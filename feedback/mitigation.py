@@ -40,6 +40,9 @@ class LengthCorrection:
     """Logits per unit of tanh(difference in characters / scale)."""
     scale: float
     """Standard deviation of the difference in characters where this was fitted."""
+    at_equal: tuple[str, ...] = ()
+    """What was held equal besides: ``gold``, ``models``. With neither, all association with length
+    goes, also the part that was right."""
 
     @classmethod
     def fit(cls, pairs: Pairs) -> LengthCorrection:
@@ -64,11 +67,12 @@ class LengthCorrection:
         if scale == 0:
             raise ValueError("no pair of different length has texts and a verdict")
         part = pairs.take(rows)
-        columns = [np.tanh(gap[rows] / scale), *model_columns(part)]
+        held = {"models": [column for column in model_columns(part) if np.any(column)]}
         if np.isfinite(part.gold).all():
-            columns.insert(1, part.gold)
-        columns = [columns[0], *(column for column in columns[1:] if np.any(column))]
-        return cls(_pull(np.stack(columns, axis=1), target[rows], part.prompt), scale)
+            held["gold"] = [part.gold]
+        columns = [np.tanh(gap[rows] / scale), *(c for kind in held.values() for c in kind)]
+        pull = _pull(np.stack(columns, axis=1), target[rows], part.prompt)
+        return cls(pull, scale, tuple(sorted(kind for kind, those in held.items() if those)))
 
     def apply(self, p: npt.ArrayLike, length_a: npt.ArrayLike, length_b: npt.ArrayLike) -> Floats:
         """Return P(a preferred) without the pull of length; 1/2 stays 1/2 at equal lengths."""

@@ -7,6 +7,7 @@ probability stays in ``p_raw``, and the manifest records what was fitted.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -78,8 +79,7 @@ def _length(evidence: Evidence, verdicts: Path) -> Remedy:
                 made[row.a, row.b] = float(correction.apply(p, *lengths))
         return made
 
-    record = {"coefficient": correction.coefficient, "scale": correction.scale}
-    return Remedy(apply, {"name": "length", **record})
+    return Remedy(apply, {"name": "length", **dataclasses.asdict(correction)})
 
 
 def _annotators(evidence: Evidence, verdicts: Path) -> Remedy:

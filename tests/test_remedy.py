@@ -50,7 +50,8 @@ def test_length_corrected_labels(tmp_path: Path) -> None:
     assert any(abs((row.p_raw or 0) - row.p_chosen) > 0.05 for row in after)
     record = read_manifest(tmp_path / "corrected/preferences")["remedy"]
     assert record["name"] == "length"
-    assert record["coefficient"] > 0.5
+    assert record["coefficient"] == pytest.approx(1.2, abs=0.3)
+    assert record["at_equal"] == ["gold", "models"]
     assert read_manifest(tmp_path / "plain/preferences")["remedy"] == {"name": "none"}
 
 
