@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
 RECIPE ?= recipes/pocket.toml
+# Without a GPU the training benchmarks rehearse: the same steps, tiny, and nothing is written.
+BENCH_SIZE := $(if $(GPU),--out benchmarks/results,--shape tiny --mix tiny)
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: help setup setup-test demo demo-short test check lint types generate-train abtest publish \
@@ -85,16 +87,23 @@ check: lint types test demo-short ## what CI runs
 
 bench: bench-judge bench-train bench-ppo ## every benchmark; results in benchmarks/results
 
-bench-judge: setup-test
+bench-judge: setup-test ## the judge client; on a GPU the engine too: CANDIDATES=... TOKENIZER=...
 	$(BIN)/python benchmarks/judge_client.py
 	$(BIN)/python benchmarks/judge_faults.py
 	$(BIN)/python benchmarks/shards_scale.py
+ifneq ($(and $(GPU),$(CANDIDATES),$(TOKENIZER)),)
+	$(BIN)/python benchmarks/judge_gpu.py --candidates $(CANDIDATES) --tokenizer $(TOKENIZER)
+endif
 
-bench-train: setup-test
-	$(BIN)/python benchmarks/train_speed.py
+bench-train: setup-test ## reward model, DPO and RRHF against TRL; a rehearsal without a GPU
+	$(BIN)/python benchmarks/train_speed.py $(BENCH_SIZE) $(if $(GPU),,--steps 3)
 
-bench-ppo: setup-test
-	$(BIN)/python benchmarks/train_ppo.py
+bench-ppo: setup-test build/trl112 ## PPO against the last TRL that has it; a rehearsal without a GPU
+	$(BIN)/python benchmarks/train_ppo.py --trl build/trl112 $(BENCH_SIZE) \
+		$(if $(GPU),,--prompts 8 --completions 2 --max-tokens 12 --steps 1 --warm 1)
+
+build/trl112:
+	$(PIP) install -q --no-deps --target $@ trl==1.12.0
 
 clean: ## remove the virtual environment and build leftovers; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
