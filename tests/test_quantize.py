@@ -75,10 +75,11 @@ def test_gradients_are_those_of_the_rounded_weights(tiny_model: Path, tmp_path: 
     assert float(expected.norm()) > 0
 
 
-def test_it_learns_and_saves_its_adapters(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantize", ["4bit", "8bit"])
+def test_it_learns_and_saves_its_adapters(quantize: str, tiny_model: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl", preferences(48))
     output = tmp_path / "policy"
-    run(options(tiny_model, output, data=(str(data),), epochs=3.0, log_every=1))
+    run(options(tiny_model, output, data=(str(data),), epochs=3.0, log_every=1, quantize=quantize))
     rows = [json.loads(line) for line in (output / "loss.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[-1] < 0.6 < losses[0]

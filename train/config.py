@@ -109,7 +109,8 @@ class TrainOptions:
     lora_targets: tuple[str, ...] = ("all-linear",)
     """Modules that get adapters: all-linear, or names such as q_proj."""
     quantize: Literal["none", "4bit", "8bit"] = "none"
-    """Load the frozen weights quantised (QLoRA); needs lora_rank, CUDA and bitsandbytes."""
+    """Load the frozen weights quantised (QLoRA); needs lora_rank, and bitsandbytes
+    (pip install 'rlaif[quantize]')."""
 
     accept_bias: tuple[str, ...] = ()
     """Figures of the judge's report card whose failure you accept by name; labels whose judge
