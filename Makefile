@@ -96,7 +96,7 @@ ifneq ($(and $(GPU),$(CANDIDATES),$(TOKENIZER)),)
 endif
 
 bench-train: setup-test ## reward model, DPO and RRHF against TRL; a rehearsal without a GPU
-	$(BIN)/python benchmarks/train_speed.py $(BENCH_SIZE) $(if $(GPU),,--steps 3)
+	$(BIN)/python benchmarks/train_speed.py $(BENCH_SIZE) $(if $(GPU),,--steps 3 --row-tokens 2048)
 
 bench-ppo: setup-test build/trl112 ## PPO against the last TRL that has it; a rehearsal without a GPU
 	$(BIN)/python benchmarks/train_ppo.py --trl build/trl112 $(BENCH_SIZE) \

@@ -29,10 +29,12 @@ from train_work import MIXES, SHAPES, build_model, clean, make_groups, word_toke
 from transformers import TrainerCallback
 
 from feedback.shards import package_versions, write_json
+from train.batches import StepDataset
 from train.config import DpoOptions, RewardOptions, RrhfOptions
 from train.data import Group
 from train.dpo import DpoObjective
 from train.models import compile_layers, enable_packing
+from train.packing import StepPlan
 from train.reference import attach_reference
 from train.reward import RewardObjective
 from train.rrhf import RrhfObjective
@@ -126,6 +128,8 @@ def ours(
         groups=groups,
         callbacks=[clock],
     )
+    warm = clock.warm = warm_steps(trainer.steps, least=warm, steps_timed=args.steps)
+    trainer.args.max_steps = warm + args.steps
     if args.profile and cuda and name == "dpo" and not changes:
         trainer.add_callback(Profile(warm - 1))  # before the clock starts
     built = time.perf_counter()
@@ -135,6 +139,21 @@ def ours(
     figures = rates(args, model, timed, clock.seconds, shared=True)
     figures |= {"compile_s": clock.started - built, "row_tokens": args.row_tokens}
     return figures | prepared
+
+
+def warm_steps(steps: StepDataset, *, least: int, steps_timed: int) -> int:
+    """Return after how many steps no row comes whose length was not seen, and compiled, before."""
+    multiple = steps.packing.multiple
+
+    def lengths(plan: StepPlan) -> set[int]:
+        sizes = (sum(steps.sizes[index] for index in row) for row in plan.rows)
+        return {-(-size // multiple) for size in sizes}
+
+    found = [lengths(plan) for epoch in range(20) for plan in steps.plan(epoch)]
+    warm = least
+    while not set().union(*found[warm : warm + steps_timed]) <= set().union(*found[:warm]):
+        warm += 1
+    return warm
 
 
 def prepare(

@@ -65,8 +65,8 @@ class Estimate:
         if self.value is None:
             return f"- (n = {self.n})"
         if self.low is None or self.high is None:
-            return f"{self.value:.3f} (n = {self.n:,})"
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] (n = {self.n:,})"
+            return f"{self.value:z.3f} (n = {self.n:,})"
+        return f"{self.value:z.3f} [{self.low:z.3f}, {self.high:z.3f}] (n = {self.n:,})"
 
 
 def nothing(method: str = "nothing to count") -> Estimate:
