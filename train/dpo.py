@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from feedback.errors import InputError
 from train.batches import Counts
 from train.chat import DataReport
 from train.config import DpoOptions
-from train.data import Group, read_groups, split_by_prompt, with_ranked_pairs
+from train.data import Group, with_ranked_pairs
 from train.losses import (
     PairLogps,
     bradley_terry_loss,
@@ -52,7 +52,8 @@ from train.models import (
 from train.packing import PackedBatch
 from train.reference import attach_reference
 from train.results import announce, finished, fit
-from train.trainer import Metrics, StepLoss, packing_of, row_tokens_of
+from train.trainer import Metrics, StepLoss, packing_of
+from train.training_data import read_training_data
 
 __all__ = ["DpoObjective", "DriftMonitor", "run"]
 
@@ -234,29 +235,6 @@ class DriftMonitor(TrainerCallback):
         )
 
 
-class _Prepared(NamedTuple):
-    groups: list[Group]
-    held_out: list[Group]
-    report: DataReport
-
-
-def _prepare(options: DpoOptions, tokenizer: Any) -> _Prepared:
-    """Read the shards and bring their labels into the form that the loss reads."""
-    limits: dict[str, Any] = {
-        "max_length": options.max_length,
-        "overlong": options.overlong,
-        "row_tokens": row_tokens_of(options),
-        "accept_bias": options.accept_bias,
-    }
-    groups, report = read_groups(options.data, tokenizer, **limits)
-    groups = _usable(groups, options, report)
-    groups, held_out = split_by_prompt(groups, options.eval_share, seed=options.seed)
-    if options.eval_data:
-        other, other_report = read_groups(options.eval_data, tokenizer, **limits)
-        held_out = _usable(other, options, other_report)
-    return _Prepared(groups, held_out, report)
-
-
 def _usable(groups: Sequence[Group], options: DpoOptions, report: DataReport) -> list[Group]:
     if options.loss == "listwise":
         kept = [group for group in groups if sum(map(len, group.ranking)) >= 2]
@@ -299,7 +277,7 @@ def run(options: DpoOptions) -> None:
         announce(done)
         return
     tokenizer = load_tokenizer(options)
-    data = _prepare(options, tokenizer)
+    data = read_training_data(options, tokenizer, lambda g, report: _usable(g, options, report))
     model = load_model(options, tokenizer=tokenizer)
     groups, held_out = data.groups, data.held_out
     if options.loss != "simpo":

@@ -28,7 +28,7 @@ from feedback.shards import write_json
 from train.batches import Counts
 from train.chat import DataReport
 from train.config import RewardOptions
-from train.data import Group, read_groups, split_by_prompt, with_ranked_pairs
+from train.data import Group, with_ranked_pairs
 from train.labels import label_pairs, ranked_from_labels
 from train.losses import (
     bradley_terry_loss,
@@ -47,9 +47,10 @@ from train.packing import PackedBatch
 from train.results import Trained, announce, finished, fit
 from train.reward_evaluation import evaluate_reward_models
 from train.reward_model import RewardModel, merge_adapters, save_ensemble, start_reward_model
-from train.trainer import Metrics, StepLoss, row_tokens_of
+from train.trainer import Metrics, StepLoss
+from train.training_data import read_training_data
 
-__all__ = ["RewardObjective", "read_reward_groups", "run"]
+__all__ = ["RewardObjective", "run"]
 
 REPORT = "report.json"
 
@@ -138,22 +139,8 @@ def _metrics(rewards: Tensor, batch: PackedBatch) -> Metrics:
     }
 
 
-def read_reward_groups(
-    options: RewardOptions, sources: Sequence[str], tokenizer: Any
-) -> tuple[list[Group], DataReport]:
-    """Read shards as groups with pairs (and, for plackett-luce, a ranking), labels as judged.
-
-    Raises:
-        InputError: rows are wrong, or plackett-luce finds no ranking.
-    """
-    groups, report = read_groups(
-        sources,
-        tokenizer,
-        max_length=options.max_length,
-        overlong=options.overlong,
-        row_tokens=row_tokens_of(options),
-        accept_bias=options.accept_bias,
-    )
+def _with_pairs(groups: list[Group], options: RewardOptions, report: DataReport) -> list[Group]:
+    """Return groups with pairs (and, for plackett-luce, a ranking), labels as judged."""
     groups = with_ranked_pairs(groups)
     if options.loss == "plackett-luce":
         groups = ranked_from_labels(groups)
@@ -163,7 +150,7 @@ def read_reward_groups(
                 f"plackett-luce reads the order only: {soft} probabilities are not used; loss "
                 "'bradley-terry' uses them"
             )
-    return groups, report
+    return groups
 
 
 def run(options: RewardOptions) -> None:
@@ -178,10 +165,9 @@ def run(options: RewardOptions) -> None:
         run_reward(options)
         return
     tokenizer = load_tokenizer(options)
-    groups, report = read_reward_groups(options, options.data, tokenizer)
-    groups, held_out = split_by_prompt(groups, options.eval_share, seed=options.seed)
-    if options.eval_data:
-        held_out, _ = read_reward_groups(options, options.eval_data, tokenizer)
+    groups, held_out, report = read_training_data(
+        options, tokenizer, lambda groups, report: _with_pairs(groups, options, report)
+    )
     folders = _folders(options)
     for number, folder in enumerate(folders):
         member = dataclasses.replace(options, output=folder, seed=options.seed + number)

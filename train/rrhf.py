@@ -28,14 +28,15 @@ from feedback.errors import InputError
 from train.batches import Counts
 from train.chat import DataReport
 from train.config import RrhfOptions
-from train.data import Group, Pair, read_groups, split_by_prompt
+from train.data import Group, Pair
 from train.labels import ranked_from_labels
 from train.losses import weighted_mean
 from train.losses_listwise import pad_groups, rrhf_loss
 from train.models import add_adapters, completion_logps, load_model, load_tokenizer
 from train.packing import PackedBatch
 from train.results import announce, finished, fit
-from train.trainer import Metrics, StepLoss, row_tokens_of
+from train.trainer import Metrics, StepLoss
+from train.training_data import read_training_data
 
 __all__ = ["Resample", "RrhfObjective", "iterate", "rank_candidates", "run"]
 
@@ -179,18 +180,9 @@ def run(options: RrhfOptions) -> None:
         announce(done)
         return
     tokenizer = load_tokenizer(options)
-    limits: dict[str, Any] = {
-        "max_length": options.max_length,
-        "overlong": options.overlong,
-        "row_tokens": row_tokens_of(options),
-        "accept_bias": options.accept_bias,
-    }
-    groups, report = read_groups(options.data, tokenizer, **limits)
-    groups = rank_candidates(groups, report, options)
-    groups, held_out = split_by_prompt(groups, options.eval_share, seed=options.seed)
-    if options.eval_data:
-        other, other_report = read_groups(options.eval_data, tokenizer, **limits)
-        held_out = rank_candidates(other, other_report, options)
+    data = read_training_data(
+        options, tokenizer, lambda groups, report: rank_candidates(groups, report, options)
+    )
     model = load_model(options, tokenizer=tokenizer)
     trained = fit(
         options,
@@ -198,9 +190,9 @@ def run(options: RrhfOptions) -> None:
         model=add_adapters(model, options),
         tokenizer=tokenizer,
         objective=RrhfObjective(options),
-        groups=groups,
-        eval_groups=held_out,
-        report=report,
+        groups=data.groups,
+        eval_groups=data.held_out,
+        report=data.report,
     )
     announce(trained)
 

@@ -21,7 +21,7 @@ from feedback.errors import InputError, RecipeError
 from train.batches import StepDataset
 from train.chat import DataReport
 from train.config import DpoOptions, RewardOptions, SftOptions, TrainOptions
-from train.data import Group, read_groups, split_by_prompt, with_ranked_pairs
+from train.data import Group, split_by_prompt, with_ranked_pairs
 from train.documents import read_documents
 from train.labels import label_pairs
 from train.models import (
@@ -35,7 +35,8 @@ from train.optimizer import Schedule
 from train.progress import LossCurve, Progress
 from train.results import announce, conclude, finished
 from train.reward_model import merge_adapters, start_reward_model
-from train.trainer import packing_of, row_tokens_of
+from train.trainer import packing_of
+from train.training_data import read_training_data
 
 __all__ = ["run_dpo", "run_reward", "run_sft"]
 
@@ -252,17 +253,9 @@ def _load(options: TrainOptions, *, kind: str, name: str | None = None) -> Any:
 
 def _pairs(options: Any, tokenizer: Any, *, soft_labels: bool, ties: Any) -> _Data:
     """Read pairs with hard labels, all weights 1, the preferred completion first."""
-    limits: dict[str, Any] = {
-        "max_length": options.max_length,
-        "overlong": options.overlong,
-        "row_tokens": row_tokens_of(options),
-        "accept_bias": options.accept_bias,
-    }
-    groups, report = read_groups(options.data, tokenizer, **limits)
-    groups = with_ranked_pairs(groups)
-    groups, held_out = split_by_prompt(groups, options.eval_share, seed=options.seed)
-    if options.eval_data:
-        held_out = with_ranked_pairs(read_groups(options.eval_data, tokenizer, **limits)[0])
+    groups, held_out, report = read_training_data(
+        options, tokenizer, lambda groups, _: with_ranked_pairs(groups)
+    )
     several = sum(len(group.pairs) > 1 for group in groups)
     if several:
         report.warn(f"{several} prompts have several pairs: TRL counts batch_size in pairs")
