@@ -7,6 +7,7 @@ what ``pair`` applies when it is asked for length-corrected soft labels.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import brentq
+from scipy.special import logit
 
 from feedback.agreement import halves
 from feedback.annotators import bradley_terry_judges, dawid_skene, pair_votes
@@ -76,17 +78,21 @@ class LengthCorrection:
 
     def apply(self, p: npt.ArrayLike, length_a: npt.ArrayLike, length_b: npt.ArrayLike) -> Floats:
         """Return P(a preferred) without the pull of length; 1/2 stays 1/2 at equal lengths."""
-        known = np.clip(np.asarray(p, float), _TINY, 1 - _TINY)
         gap = np.asarray(length_a, float) - np.asarray(length_b, float)
         pull = self.coefficient * np.tanh(gap / self.scale)
-        return sigmoid(np.log(known / (1 - known)) - pull)
+        return sigmoid(_logits(p) - pull)
+
+
+def _logits(p: npt.ArrayLike) -> Floats:
+    """Return the log-odds of probabilities, those of 0 and 1 kept finite."""
+    return np.asarray(logit(np.clip(np.asarray(p, float), _TINY, 1 - _TINY)))
 
 
 def _pull(design: Floats, p: Floats, prompts: npt.NDArray[np.int64]) -> float:
     """Return what to take off the logits, per unit of column 0, so that its weight becomes 0."""
-    known = np.clip(p, _TINY, 1 - _TINY)
-    logits = np.log(known / (1 - known))
+    logits = _logits(p)
 
+    @functools.cache  # the search asks for both ends again
     def weight_left(pull: float) -> float:
         labels = sigmoid(logits - pull * design[:, 0])
         return float(fit_logistic(design, labels, prompts, ridge=1e-4).coefficients[0])
