@@ -388,8 +388,8 @@ def test_the_whole_comparison_on_a_tiny_model(tiny_model: Path, tmp_path: Path) 
     def times() -> dict[str, int]:
         return {path.name: path.stat().st_mtime_ns for path in (folder / "jobs").iterdir()}
 
-    record = compare('"bon", "ppo"', '"methods"')
-    assert set(record["methods"]) == {"bon", "ppo"}
+    record = compare('"sft", "bon", "dpo", "rrhf", "ppo"', '"methods"')
+    assert set(record["methods"]) == {"sft", "bon", "dpo", "rrhf", "ppo"}
     for algorithm, row in record["methods"].items():
         rate = row["win_rate"][str(tiny_model)]["win_rate"]
         assert rate["prompts"] == 8
@@ -406,11 +406,11 @@ def test_the_whole_comparison_on_a_tiny_model(tiny_model: Path, tmp_path: Path) 
         assert heading in page
     assert page == render_comparison(record)
     before = times()
-    record = compare('"ppo"', '"methods", "labels", "bias"')
+    record = compare('"bon", "ppo"', '"methods", "labels", "bias"')
     assert before.items() <= times().items()
     assert set(record["bias"]["labels"]) == {"hard", "soft", "corrected"}
     for row in record["bias"]["labels"].values():
-        assert set(row) == {"ppo"}
+        assert set(row) == {"bon", "ppo"}
         assert row["ppo"]["length_change"]["n"] == row["ppo"]["gold_change"]["n"] == 8
     assert record["labels"]["win_rate_difference"]["n"] == 8
     page = (folder / "comparison.html").read_text()
