@@ -62,10 +62,11 @@ def main() -> None:
     given = parser.parse_args()
     record = json.loads((given.run / "comparison.json").read_text(encoding="utf-8"))
     target = "make compare-study" if "bias" in record else "make compare"
+    command = f"{given.made_by or target} && python benchmarks/compare.py"
     hardware = f"{os.cpu_count()} CPU cores ({platform.machine()})"
     result = {
         "bench": given.bench,
-        "command": f"{given.made_by or target} && python benchmarks/compare.py",
+        "command": command + (f" --bench {given.bench}" if given.bench != "compare" else ""),
         "date": datetime.date.today().isoformat(),
         "hardware": f"{hardware}; {given.note}" if given.note else hardware,
         "versions": record["versions"],

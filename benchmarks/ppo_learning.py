@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def learn(given: argparse.Namespace, recipe: dict[str, Any]) -> dict[str, float]:
-    """Train; return what the last step and the phases of all steps say."""
+    """Train; return the seconds of each phase and how far sampler and trainer differ at most."""
     table = recipe["ppo"] | {
         "prompts": [recipe["sample"]["prompts"]],
         "reward": {"kind": "model", "models": [str(given.reward)]},
