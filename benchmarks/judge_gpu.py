@@ -35,6 +35,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from result_file import gpu, write_result
+
 from feedback.backends import JudgeCall
 from feedback.backends.openai import OpenAIBackend
 from feedback.backends.opening import open_backend
@@ -42,7 +44,7 @@ from feedback.backends.vllm import VllmBackend
 from feedback.config import EngineOptions
 from feedback.ordering import distinct_completions
 from feedback.records import Candidates
-from feedback.shards import package_versions, read_rows, write_json
+from feedback.shards import read_rows
 from feedback.templates import load_rubric, load_template, render
 
 SHAPES: dict[str, dict[str, int]] = {
@@ -187,27 +189,10 @@ class Report:
         seconds = time.perf_counter() - self.begun
         shown = ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
         print(f"[{seconds:6.1f} s] {name}: {shown}", flush=True)
-        write_json(
-            self.path,
-            {
-                "bench": "judge_gpu",
-                "command": " ".join(["python", *sys.argv]),
-                "date": time.strftime("%Y-%m-%d"),
-                "hardware": hardware(),
-                "versions": package_versions(),
-                "figures": self.figures,
-                "runs": self.runs,
-            },
+        hardware = f"{gpu()}, {os.cpu_count()} CPU cores"
+        write_result(
+            self.path, "judge_gpu", hardware=hardware, figures=self.figures, runs=self.runs
         )
-
-
-def hardware() -> str:
-    """Return what the run ran on."""
-    import torch
-
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()}, {os.cpu_count()} CPU cores"
-    return f"{os.cpu_count()} CPU cores"
 
 
 def median(runs: list[dict[str, float]], key: str = "verdicts_per_s") -> float:

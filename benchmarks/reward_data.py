@@ -1,4 +1,4 @@
-"""What reward_quality.py trains on: text, tokenizer, judged pairs in folds, and their floors."""
+"""What reward_quality.py trains on: judged pairs in folds, and the floors on the same folds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import random
 import re
 import shutil
 import zlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -59,9 +58,6 @@ PHENOMENA = {
 }
 BUCKETS = 2**16
 ITEMS = 400
-REPLIES = 10
-"""Of a hundred models' replies to one instruction: more would teach the instruction by heart."""
-
 
 TASKS = ("blimp", "ukp", "blimp_phenomena")
 
@@ -87,15 +83,10 @@ def lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """Write text, tokenizer, pairs and floors."""
+    """Write pairs and floors."""
     out: Path = options.out
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    texts = training_text(options.data, int(options.megabytes * 1e6))
-    with gzip.open(out / "text.jsonl.gz", "wt", encoding="utf-8") as file:
-        for text in texts:
-            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-    make_tokenizer(texts, options.vocabulary, out / "tokenizer")
     for task in TASKS:
         pairs = ukp_pairs(options.data) if task == "ukp" else blimp_pairs(options.data, task)
         if options.pairs:
@@ -104,62 +95,6 @@ def prepare(options: argparse.Namespace) -> None:
         with gzip.open(out / f"{task}.json.gz", "wt", encoding="utf-8") as file:
             json.dump({"pairs": pairs, "floors": floors}, file)
         print(task, {name: mean_of(floors, name) for name in ("bag_of_words", "longer")})
-
-
-def training_text(data: Path, limit: int) -> list[str]:
-    """Return about ``limit`` characters of documents; a prompt seen before leaves its reply."""
-    texts: list[str] = []
-    seen: set[int] = set()
-    size = 0
-    documents = list(prompts_and_replies(data))
-    random.Random(0).shuffle(documents)
-    for document in documents:
-        keys = [zlib.crc32(part[:200].encode()) for part in document]
-        parts = document if keys[0] not in seen else document[1:]
-        text = "\n".join(parts).replace("<|endoftext|>", "").strip()
-        if len(text) < 100 or (keys[1] in seen and len(document[1]) > 100):
-            continue
-        seen.update(keys)
-        texts.append(text)
-        size += len(text)
-        if size > limit:
-            break
-    return texts
-
-
-def prompts_and_replies(data: Path) -> Iterator[tuple[str, str]]:
-    """Yield instructions with replies of people and of models."""
-    for row in lines(data / "lm_sft.jsonl.gz"):
-        yield row["prompt"], row["response"]
-    prompts = {row["p"]: row["prompt"] for row in lines(data / "alpaca_eval_prompts.jsonl.gz")}
-    replies = list(lines(data / "alpaca_eval_responses.jsonl.gz"))
-    random.Random(2).shuffle(replies)
-    used: Counter[int] = Counter()
-    for row in replies:
-        used[row["p"]] += 1
-        if used[row["p"]] <= REPLIES:
-            yield prompts[row["p"]], row["text"]
-
-
-def make_tokenizer(texts: Sequence[str], size: int, folder: Path) -> None:
-    """Train a byte-level BPE tokenizer without a chat template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=["<pad>", "<bos>", "<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts[:20_000], trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
-    )
-    fast.save_pretrained(folder)
 
 
 def ukp_pairs(data: Path) -> list[JudgedPair]:
@@ -209,10 +144,10 @@ class Fold(NamedTuple):
     held: list[JudgedPair]
 
 
-def split(pairs: Sequence[JudgedPair], fold: int) -> Fold:
-    """Return one fold of the pairs."""
+def split(pairs: Sequence[JudgedPair], fold: int, *, seed: int = 7) -> Fold:
+    """Return one of ``FOLDS`` folds of the pairs, by cluster."""
     clusters = sorted({pair.cluster for pair in pairs})
-    random.Random(7).shuffle(clusters)
+    random.Random(seed).shuffle(clusters)
     place = {cluster: number % FOLDS for number, cluster in enumerate(clusters)}
     held = [pair for pair in pairs if place[pair.cluster] == fold and not pair.tie]
     train = [pair for pair in pairs if place[pair.cluster] != fold]

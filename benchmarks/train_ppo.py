@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 from ppo_peer import prove, trl_steps
+from result_file import gpu, write_result
 from train_work import MIXES, SHAPES, build_model, make_groups, word_tokenizer
 
-from feedback.shards import package_versions, write_json
 from train import ppo
 from train.config import RrhfOptions
 from train.models import enable_packing
@@ -228,19 +228,14 @@ def figures_of(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 def save(args: argparse.Namespace, rows: list[dict[str, Any]], proof: dict[str, float]) -> None:
     """Write the result file."""
-    hardware = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    write_json(
+    write_result(
         Path(args.out) / "train_ppo.json",
-        {
-            "bench": "train_ppo",
-            "command": "python " + " ".join(sys.argv),
-            "date": time.strftime("%Y-%m-%d"),
-            "hardware": f"1 x {hardware}",
-            "versions": package_versions() | {"trl": "1.12.0"},
-            "figures": figures_of(rows),
-            "proof": proof,
-            "runs": rows,
-        },
+        "train_ppo",
+        hardware=gpu(),
+        figures=figures_of(rows),
+        runs=rows,
+        versions={"trl": "1.12.0"},
+        proof=proof,
     )
 
 

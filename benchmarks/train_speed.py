@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
+import shlex
 import sys
 import tempfile
 import time
@@ -23,43 +23,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from result_file import gpu, write_result
+from train_clock import Clock, Profile, measured_peak, warm_steps
 from train_peers import authors_rrhf_loss, trl_dpo, trl_reward
 from train_proof import prove
 from train_work import MIXES, SHAPES, build_model, clean, make_groups, word_tokenizer
-from transformers import TrainerCallback
 
-from feedback.shards import package_versions, write_json
-from train.batches import StepDataset
 from train.config import DpoOptions, RewardOptions, RrhfOptions
 from train.data import Group
 from train.dpo import DpoObjective
 from train.models import compile_layers, enable_packing
-from train.packing import StepPlan
 from train.reference import attach_reference
 from train.reward import RewardObjective
 from train.rrhf import RrhfObjective
 from train.trainer import PackedTrainer, packing_of
 
-
-class Clock(TrainerCallback):
-    """Times the steps after the warm-up, with the device's queue emptied at both ends."""
-
-    def __init__(self, warm: int, device: str):
-        self.warm, self.device, self.seconds, self.started = warm, device, math.nan, 0.0
-
-    def _wait(self) -> float:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """React to the event of this name."""
-        if state.global_step == self.warm:
-            self.started = self._wait()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """React to the event of this name."""
-        self.seconds = self._wait() - self.started
+LEAN_BUDGETS = (0.5, 0.3)
+"""Shares of the activations kept, where memory is what is short."""
 
 
 def unshared_tokens(groups: Sequence[Group]) -> int:
@@ -70,21 +50,6 @@ def unshared_tokens(groups: Sequence[Group]) -> int:
 def peak_gib(device: str) -> float:
     """Return the most memory allocated since ``clean``, in GiB."""
     return torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
-
-
-def measured_peak(device: str) -> float:
-    """Return the rate of a large bfloat16 matrix product on random data, in TFLOP/s."""
-    if device != "cuda":
-        return 0.0
-    left, right = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
-    for _ in range(3):
-        left @ right
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(10):
-        left @ right
-    torch.cuda.synchronize()
-    return 10 * 2 * 8192**3 / (time.perf_counter() - start) / 1e12
 
 
 def ours(
@@ -139,21 +104,6 @@ def ours(
     figures = rates(args, model, timed, clock.seconds, shared=True)
     figures |= {"compile_s": clock.started - built, "row_tokens": args.row_tokens}
     return figures | prepared
-
-
-def warm_steps(steps: StepDataset, *, least: int, steps_timed: int) -> int:
-    """Return after how many steps no row comes whose length was not seen, and compiled, before."""
-    multiple = steps.packing.multiple
-
-    def lengths(plan: StepPlan) -> set[int]:
-        sizes = (sum(steps.sizes[index] for index in row) for row in plan.rows)
-        return {-(-size // multiple) for size in sizes}
-
-    found = [lengths(plan) for epoch in range(20) for plan in steps.plan(epoch)]
-    warm = least
-    while not set().union(*found[warm : warm + steps_timed]) <= set().union(*found[:warm]):
-        warm += 1
-    return warm
 
 
 def prepare(
@@ -259,36 +209,6 @@ def authors_rrhf(args: argparse.Namespace, *, completions: int) -> dict[str, Any
     return rates(args, model, groups[8 * args.warm :], seconds, shared=False)
 
 
-class Profile(TrainerCallback):
-    """Prints where one step's device time goes."""
-
-    def __init__(self, step: int):
-        self.step, self.profiler, self.done = step, None, None
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """React to the event of this name."""
-        if state.global_step == self.step:
-            activities = [torch.profiler.ProfilerActivity.CUDA]
-            self.profiler = torch.profiler.profile(activities=activities)
-            self.profiler.__enter__()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """React to the event of this name."""
-        if self.profiler is not None:
-            torch.cuda.synchronize()
-            self.profiler.__exit__(None, None, None)
-            self.done, self.profiler = self.profiler, None
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """React to the event of this name."""
-        if self.done is not None:
-            table = self.done.key_averages()
-            print(
-                table.table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=75)
-            )
-            self.profiler = None
-
-
 Job = tuple[str, Callable[[], dict[str, Any]]]
 
 
@@ -305,6 +225,16 @@ def jobs(args: argparse.Namespace) -> list[Job]:
                 lambda b=batch, k=kind: theirs("dpo", args, batch=b, best=True, attention=k),
             )
         )
+    for budget in LEAN_BUDGETS:
+        listed.append(
+            (
+                f"ours dpo budget {budget}",
+                lambda b=budget: ours("dpo", args, activation_budget=b),
+            )
+        )
+    listed.append(
+        ("ours dpo checkpointing", lambda: ours("dpo", args, gradient_checkpointing=True))
+    )
     listed.append(("ours reward", lambda: ours("reward", args)))
     for batch in batches:
         listed.append(
@@ -344,8 +274,11 @@ def jobs(args: argparse.Namespace) -> list[Job]:
     return listed
 
 
-def run_jobs(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Run the chosen jobs until the time is over; a job that fails is reported as failed."""
+def run_jobs(args: argparse.Namespace, proof: dict[str, float]) -> list[dict[str, Any]]:
+    """Run the chosen jobs until the time is over; a job that fails is reported as failed.
+
+    The result files are written after each, so that a run that is cut short keeps what it has.
+    """
     rows = []
     for name, job in jobs(args):
         if args.jobs and not any(fnmatch(name, pattern) for pattern in args.jobs):
@@ -362,6 +295,8 @@ def run_jobs(args: argparse.Namespace) -> list[dict[str, Any]]:
             row["job_s"] = time.perf_counter() - start
         rows.append(row)
         print(line(row), flush=True)
+        if args.out:
+            save(args, rows, proof)
     return rows
 
 
@@ -403,31 +338,47 @@ def figures_of(rows: Sequence[dict[str, Any]], name: str, suffix: str) -> dict[s
                 figures[f"speedup_vs_trl_{label}"] = mine["groups_per_s"] / peer["groups_per_s"]
         peer = best_of(f"trl {name} best")
         if peer is not None and peer["peak_gib"]:
-            per = [row["peak_gib"] / row["groups_per_step"] for row in (mine, peer)]
-            figures["memory_per_pair_ratio"] = per[0] / per[1]
+            figures["memory_per_pair_ratio"] = memory_per_pair(mine) / memory_per_pair(peer)
+            lean = [
+                row
+                for job, row in done.items()
+                if job.startswith(f"ours {name}")
+                and memory_per_pair(row) <= memory_per_pair(peer) / 8
+            ]
+            if lean:
+                best = max(lean, key=lambda row: row["groups_per_s"])
+                speed = best["groups_per_s"] / peer["groups_per_s"]
+                figures["speedup_vs_trl_best_at_an_eighth_of_its_memory"] = speed
     return {f"{key}_{suffix}": value for key, value in figures.items()}
 
 
+def memory_per_pair(row: dict[str, Any]) -> float:
+    """Return peak memory over the groups of a step, in GiB."""
+    return row["peak_gib"] / row["groups_per_step"]
+
+
 def save(args: argparse.Namespace, rows: list[dict[str, Any]], proof: dict[str, float]) -> None:
-    """Write one result file per algorithm, adding to what other settings wrote there."""
-    device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    """Write one result file per algorithm that ran, keeping what other settings wrote there."""
     suffix = f"{args.shape}_{args.mix}"
     for name in ("dpo", "reward", "rrhf"):
+        mine = [row for row in rows if f" {name}" in row["job"]]
+        if not mine:
+            continue
         path = Path(args.out) / f"train_{name}.json"
-        known = json.loads(path.read_text()) if path.is_file() else {"figures": {}, "runs": []}
-        kept = [r for r in known["runs"] if (r["shape"], r["mix"]) != (args.shape, args.mix)]
-        write_json(
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        others = {k: v for k, v in known.get("figures", {}).items() if not k.endswith(suffix)}
+        kept = [
+            r for r in known.get("runs", []) if (r["shape"], r["mix"]) != (args.shape, args.mix)
+        ]
+        command = shlex.join(["python", *sys.argv])
+        write_result(
             path,
-            {
-                "bench": f"train_{name}",
-                "command": "python " + " ".join(sys.argv),
-                "date": time.strftime("%Y-%m-%d"),
-                "hardware": f"1 x {device}, measured bf16 peak {args.peak:.0f} TFLOP/s",
-                "versions": package_versions(),
-                "figures": known["figures"] | figures_of(rows, name, suffix),
-                "proof": proof or known.get("proof", {}),
-                "runs": kept + [row for row in rows if f" {name}" in row["job"]],
-            },
+            f"train_{name}",
+            hardware=f"{gpu()}, measured bf16 peak {args.peak:.0f} TFLOP/s",
+            figures=others | figures_of(rows, name, suffix),
+            runs=kept + mine,
+            commands=known.get("commands", {}) | {suffix: command},
+            proof=proof or known.get("proof", {}),
         )
 
 
@@ -465,13 +416,11 @@ def main() -> None:
         flush=True,
     )
     proof = {} if args.no_proof else prove(args.device, Path(args.scratch))
-    rows = run_jobs(args)
+    rows = run_jobs(args, proof)
     print("\n" + "\n".join(line(row) for row in rows))
     for name in ("dpo", "reward", "rrhf"):
         for key, value in figures_of(rows, name, f"{args.shape}_{args.mix}").items():
             print(f"{name} {key}: {value:.4g}")
-    if args.out:
-        save(args, rows, proof)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,8 @@ class TrainOptions:
     dense mask; blocks runs group by group. auto: triton on CUDA, blocks on CPU."""
     precision: Literal["auto", "float32", "bfloat16", "autocast"] = "auto"
     """bfloat16: weights in bfloat16 with float32 master copies in the optimiser; autocast: float32
-    weights, bfloat16 products; auto: bfloat16 on CUDA, float32 on CPU."""
+    weights, bfloat16 products; auto: bfloat16 on CUDA (autocast with several processes), float32 on
+    CPU."""
     compile: Literal["auto", "none", "layers"] = "auto"
     """torch.compile of each decoder layer; auto: on CUDA."""
     activation_budget: float = 0.9

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import transformers
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from feedback.errors import InputError
@@ -81,10 +82,13 @@ def resolve_device(device: str) -> str:
 
 
 def resolve_precision(precision: str, device: str) -> Literal["float32", "bfloat16", "autocast"]:
-    """Return the precision that ``auto`` means on ``device``."""
-    if precision == "auto":
-        return "bfloat16" if device == "cuda" else "float32"
-    return precision  # type: ignore[return-value]
+    """Return the precision that ``auto`` means on ``device``.
+
+    Float32 master copies of bfloat16 weights live in one process: with several, it is autocast.
+    """
+    if precision == "auto" and device == "cuda":
+        return "bfloat16" if PartialState().num_processes == 1 else "autocast"
+    return "float32" if precision == "auto" else precision  # type: ignore[return-value]
 
 
 def resolve_model(name: str) -> str:
@@ -150,7 +154,8 @@ def load_model(
     if not options.dropout:
         _switch_off_dropout(model)
     if options.quantize == "none":
-        model.to(device)
+        # Of several processes each has a device of its own, which accelerate chooses.
+        model.to(PartialState().device if device == "cuda" else device)
     enable_packing(model)
     return model
 

@@ -147,8 +147,8 @@ def conclude(
         **figures,
         "seconds": seconds,
     }
+    _save(trainer, options.output)
     if trainer.is_world_process_zero():
-        _save(trainer, options.output)
         _record(options, command, figures, report, extra or {})
     return Trained(options.output, figures, _line(command, figures, options.output))
 
@@ -218,10 +218,18 @@ def _checkpoint(options: TrainOptions, command: str, *, write: bool) -> Path | N
 
 
 def _save(trainer: Any, output: Path) -> None:
-    """Write model and tokenizer beside the folder first, then move the files in."""
+    """Write model and tokenizer beside the folder first, then move the files in.
+
+    Every process takes part: sharded weights (FSDP, DeepSpeed) are gathered from all of them.
+    """
     temporary = output / ".saving"
-    shutil.rmtree(temporary, ignore_errors=True)
+    if trainer.is_world_process_zero():
+        shutil.rmtree(temporary, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
     trainer.save_model(str(temporary))
+    trainer.accelerator.wait_for_everyone()
+    if not trainer.is_world_process_zero():
+        return
     for stale in output.glob("model*.safetensors*"):
         stale.unlink()
     for path in temporary.iterdir():
