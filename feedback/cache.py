@@ -58,7 +58,7 @@ class ReplyCache:
     def _key(self, call: JudgeCall, repeat: int) -> bytes:
         judge = self.identity
         text = content_id(
-            [judge.model, judge.revision, judge.endpoint],
+            [judge.model, judge.revision, judge.endpoint, judge.setup],
             call.messages,
             [call.choices, call.max_tokens, call.temperature, call.seed, call.schema, repeat],
             length=40,

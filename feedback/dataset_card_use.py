@@ -46,7 +46,7 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
         "kind": ("text", "pairwise, listwise or rating"),
         "shown": ("list of text", "completion ids in the order shown"),
         "outcome": ("text", "decided, tie, unparsed, refused, truncated or failed"),
-        "judge": ("record", "model, revision, endpoint"),
+        "judge": ("record", "model, revision, endpoint, fingerprint of further settings"),
         "template": ("text", "the template's name"),
         "template_sha256": ("text", "the template's hash"),
         "probs": ("list of float or null", "probability of each offered label, renormalised"),

@@ -162,6 +162,14 @@ class Judge:
         """Return what verdicts record of the sampling."""
         return {"temperature": self.temperature, "max_tokens": self.reply_tokens}
 
+    def same_as(self, other: Judge) -> bool:
+        """Return whether another judge asks the same model the same in the same words."""
+        mine, theirs = (
+            (one.identity, one.template.sha256, one.rubric, one.temperature, one.reply_tokens)
+            for one in (self, other)
+        )
+        return mine == theirs
+
     def verdict_id(self, question: Question) -> str:
         """Return the content address of a question: the same question has the same id everywhere.
 
@@ -170,7 +178,7 @@ class Judge:
         """
         judge = self.identity
         return content_id(
-            [judge.model, judge.revision, judge.endpoint],
+            [judge.model, judge.revision, judge.endpoint, judge.setup],
             [self.template.sha256, self.rubric, question.principle, question.criterion],
             [self.temperature, self.reply_tokens, self.use_logprobs, self.seed],
             [question.prompt_id, question.prompt, question.gold, question.repeat],

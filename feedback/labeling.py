@@ -20,12 +20,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from feedback.adaptive import BLOCK, PairRounds
+from feedback.backends.identity import reply_settings
 from feedback.backends.opening import open_backend
 from feedback.budget import estimate_tokens
 from feedback.comparing import prompt_comparisons
 from feedback.config import recipe_of
 from feedback.constitution import load_constitution
-from feedback.errors import BudgetExceeded
+from feedback.errors import BudgetExceeded, RecipeError
 from feedback.judge import Judge, Question
 from feedback.judge_options import JudgeOptions
 from feedback.labeling_run import LabelingRun
@@ -212,6 +213,7 @@ def _label(options: JudgeOptions, passes: Sequence[_Pass], work: Work) -> None:
                 turn.callback(backend.close)
                 template = load_template(member.options.template)
                 judge = make_judge(member.options, template, backend, member=member.number)
+                _check_new(judge, judges)
                 judges.append(judge)
                 cache = open_cache(member.options, judge)
                 if cache is not None:
@@ -236,6 +238,18 @@ def _label(options: JudgeOptions, passes: Sequence[_Pass], work: Work) -> None:
                 break
         assert run is not None
         _finish(options, passes, run, judges, work)
+
+
+def _check_new(judge: Judge, judges: Sequence[Judge]) -> None:
+    """Refuse a judge that is one of those before it: their verdicts would have the same ids.
+
+    Raises:
+        RecipeError: two folders of recorded verdicts, say, are of one judge.
+    """
+    if any(judge.same_as(other) for other in judges):
+        raise RecipeError(
+            f"two judges are {judge.identity.model} with the same template and rubric"
+        )
 
 
 def _finish(
@@ -268,6 +282,7 @@ def _run_record(options: JudgeOptions, passes: Sequence[_Pass], judge: Judge) ->
     combination = combination_of(options)
     record: dict[str, Any] = {
         "judge": dataclasses.asdict(judge.identity),
+        "engine": reply_settings(options.engine),
         "template": describe(judge.template),
         "rubric": judge.rubric,
         "candidates_sha256": candidates_sha256(options.candidates),
@@ -304,6 +319,7 @@ def _member_record(member: Member) -> dict[str, Any]:
         "backend": options.engine.backend,
         "model": options.engine.model,
         "revision": options.engine.revision,
+        "engine": reply_settings(options.engine),
         "template": describe(template),
         "rubric": load_criteria(options.rubric or template.rubric).text,
     }

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from feedback.backends import Backend
+from feedback.backends.identity import identity_of
 from feedback.budget import Budget, Price, find_price
 from feedback.cache import ReplyCache
 from feedback.constitution import load_constitution
@@ -87,7 +88,11 @@ def members_of(options: JudgeOptions) -> list[Member]:
         members.append(Member(changed, len(members)))
     if len(members) < 2:
         raise RecipeError("[judge.panel] has no [[judge.panel.judges]]")
-    asked = [(row.options.engine, row.options.template, row.options.rubric) for row in members]
+    # By what shapes the replies: one that merely runs with another concurrency is the same judge.
+    asked = [
+        (identity_of(row.engine), row.engine.replay_from, row.template, row.rubric)
+        for row, _ in members
+    ]
     if any(entry in asked[:place] for place, entry in enumerate(asked)):
         raise RecipeError("two judges have the same engine, template and rubric")
     _check_same_question(options, members)

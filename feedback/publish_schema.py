@@ -84,7 +84,12 @@ def features(config: str, *, messages: bool) -> Any:
             "kind": string,
             "shown": List(string),
             "outcome": string,
-            "judge": {"model": string, "revision": string, "endpoint": string},
+            "judge": {
+                "model": string,
+                "revision": string,
+                "endpoint": string,
+                "setup": string,
+            },
             "template": string,
             "template_sha256": string,
             "probs": List(real),

@@ -99,6 +99,9 @@ class JudgeIdentity:
     model: str
     revision: str | None = None
     endpoint: str | None = None
+    setup: str | None = None
+    """Fingerprint of what else shapes the replies: the server's port, request fields, an adapter,
+    the engine and its number type (``run.json`` and the manifest spell it out)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

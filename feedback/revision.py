@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
+from feedback.backends.identity import engine_record
 from feedback.backends.opening import open_backend
 from feedback.config import EngineOptions, recipe_of
 from feedback.constitution import load_constitution
@@ -89,6 +90,7 @@ def run(options: ReviseOptions) -> None:
             "candidates_sha256": candidates_sha256(options.candidates),
             "constitution": constitution.describe(),
             "model": [options.engine.model, options.engine.revision],
+            "engine": engine_record(options.engine),
             **asdict(_plan(options)),
         }
         claim_folder(options.out, record)

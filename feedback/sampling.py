@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from feedback.backends.identity import engine_record
 from feedback.backends.opening import local_revision, open_backend, resolve_model
 from feedback.config import EngineOptions, recipe_of
 from feedback.errors import RecipeError
@@ -162,6 +163,7 @@ def _run_record(options: SampleOptions, source: Path) -> dict[str, Any]:
             [policy.model, policy.revision, local_revision(resolve_model(policy.model))]
             for policy in (options.engine, *options.more)
         ],
+        "engines": [engine_record(policy) for policy in (options.engine, *options.more)],
         "completions": options.completions,
         "temperatures": options.temperatures,
         "top_p": options.top_p,

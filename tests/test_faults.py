@@ -78,17 +78,22 @@ def failures(out: Path) -> list[Verdict]:
 
 def damage(truth: list[Verdict], found: list[Verdict], *, excused: int = 0) -> Damage:
     """Compare a faulty run with the truth; ``excused`` verdicts may be missing."""
-    known = {verdict.verdict_id: verdict for verdict in truth}
-    seen = Counter(verdict.verdict_id for verdict in found)
+    # By what was asked: each proxy has a port of its own, which is part of the ids.
+    known = {_asked(verdict): verdict for verdict in truth}
+    seen = Counter(_asked(verdict) for verdict in found)
     invented = sum(
-        verdict.verdict_id not in known
-        or verdict.probs != known[verdict.verdict_id].probs
-        or verdict.winner != known[verdict.verdict_id].winner
-        or verdict.outcome != known[verdict.verdict_id].outcome
+        _asked(verdict) not in known
+        or verdict.probs != known[_asked(verdict)].probs
+        or verdict.winner != known[_asked(verdict)].winner
+        or verdict.outcome != known[_asked(verdict)].outcome
         for verdict in found
     )
     lost = len(known.keys() - seen.keys()) - excused
     return Damage(lost, sum(seen.values()) - len(seen), invented)
+
+
+def _asked(verdict: Verdict) -> tuple[str, tuple[str, ...], int]:
+    return verdict.prompt_id, tuple(verdict.shown), verdict.repeat
 
 
 @pytest.fixture(scope="module")

@@ -474,7 +474,7 @@ def test_redactor_removes_what_it_knows_and_what_it_recognises() -> None:
 
 
 def test_identity_is_a_host_name() -> None:
-    """No credentials, no query, and no port, which changes when a server is started again."""
+    """No credentials, no query; the port is in the fingerprint beside it."""
     engine = backend("https://user:pw@host.example:8443/v1?key=x")
     assert engine.identity.endpoint == "host.example"
 

@@ -58,7 +58,7 @@ def revise(tmp_path: Path, rows=None, **fields) -> list[Candidates]:
     options = ReviseOptions(
         candidates=source,
         out=tmp_path / "revised",
-        engine=EngineOptions(model="reviewer"),
+        engine=fields.pop("engine", EngineOptions(model="reviewer")),
         **fields,
     )
     revision.run(options)
@@ -173,6 +173,9 @@ def test_another_seed_needs_another_folder(tmp_path, reviewer):
     revise(tmp_path)
     with pytest.raises(ShardError, match="another seed"):
         revise(tmp_path, seed=4)
+    moved = EngineOptions(backend="openai", model="pocket:policy", base_url="http://localhost:9/v1")
+    with pytest.raises(ShardError, match="another engine"):
+        revise(tmp_path, engine=moved)
 
 
 def test_options_that_mean_nothing(tmp_path):

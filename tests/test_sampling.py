@@ -264,6 +264,21 @@ def test_other_settings_are_not_mixed_into_a_folder(
         sampling.run(options(tmp_path, top_p=0.5))
 
 
+def test_completions_of_another_server_are_not_mixed_into_a_folder(
+    tmp_path: Path, policies: dict[str, ScriptedPolicy]
+) -> None:
+    policies["a"] = ScriptedPolicy("a", unique)
+    for engine in (
+        EngineOptions(backend="openai", model="a", base_url="http://127.0.0.1:18001/v1"),
+        EngineOptions(backend="openai", model="a", extra={"body": {"top_k": 3}}),
+    ):
+        out = tmp_path / str(engine.base_url is None)
+        sampling.run(options(tmp_path, out=out, engine=engine))
+        other = EngineOptions(backend="openai", model="a", base_url="http://127.0.0.1:18002/v1")
+        with pytest.raises(ShardError, match="begun with another engines"):
+            sampling.run(options(tmp_path, out=out, engine=other))
+
+
 def test_system_message_gold_and_meta_travel(
     tmp_path: Path, policies: dict[str, ScriptedPolicy]
 ) -> None:

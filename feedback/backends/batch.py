@@ -31,12 +31,12 @@ from feedback.backends.batch_state import (
 from feedback.backends.chat_bodies import Bodies, Dialect
 from feedback.backends.chat_replies import error_message, read_judge, read_sample
 from feedback.backends.http import split_url
+from feedback.backends.identity import identity_of
 from feedback.backends.openai import OpenAIBackend
 from feedback.backends.redacting import Redactor
 from feedback.backends.retrying import RequestFailed
 from feedback.config import EngineOptions, build_options
 from feedback.errors import BackendError
-from feedback.records import JudgeIdentity
 
 __all__ = ["BatchBackend", "BatchExtra", "open_engine"]
 
@@ -61,6 +61,8 @@ class BatchExtra:
     """Ask the endpoint what it can do by a few ordinary requests, before anything is submitted."""
     body: dict[str, Any] | None = None
     """Further fields of every request body."""
+    server: str | None = None
+    """As the ``openai`` engine's: name of the server in verdicts, in place of host and port."""
 
 
 class _Wanted(NamedTuple):
@@ -87,8 +89,7 @@ class BatchBackend:
         key = os.environ.get(options.api_key_env)
         if not key and options.base_url is None:
             raise BackendError(f"the Batch API needs a key: set {options.api_key_env}")
-        host = url.hostname or ""
-        self.identity = JudgeIdentity(model=options.model, revision=options.revision, endpoint=host)
+        self.identity = identity_of(options)
         self.bodies = Bodies(options.model, dialect=Dialect(), extra=self.extra.body)
         self._redact = Redactor((key, url.password))
         self._jobs = BatchJobs(
@@ -137,6 +138,10 @@ class BatchBackend:
         """Close the connections; batches under way go on at the provider."""
         self._jobs.close()
 
+    def _store_name(self) -> str:
+        judge = self.identity
+        return " ".join(filter(None, (judge.endpoint, self.bodies.model, judge.setup)))
+
     # --- submitting ----------------------------------------------------------------------------
 
     def _run(
@@ -146,7 +151,7 @@ class BatchBackend:
         read: Callable[[Call, bytes, float], Reply],
         failed: Callable[[Call, str], Reply],
     ) -> Iterator[Reply]:
-        store = BatchStore(Path(self.extra.folder), f"{self.identity.endpoint} {self.bodies.model}")
+        store = BatchStore(Path(self.extra.folder), self._store_name())
         try:
             wanted: dict[str, dict[str, _Wanted]] = {}
             batches: dict[str, BatchFile] = {}

@@ -22,6 +22,7 @@ from feedback.backends import Capabilities, JudgeCall, JudgeReply, SampleCall, S
 from feedback.backends.chat_bodies import Bodies, Dialect
 from feedback.backends.chat_replies import SampleReading, read_judge, read_sample
 from feedback.backends.http import HttpTransport, Transport, needs_proxy, split_url
+from feedback.backends.identity import identity_of
 from feedback.backends.limits import Gate, GateState
 from feedback.backends.probing import probe, served_length
 from feedback.backends.redacting import Redactor
@@ -29,7 +30,7 @@ from feedback.backends.retrying import RequestFailed, RetryBudget, RetryPolicy
 from feedback.backends.window import LoopThread, stream
 from feedback.config import EngineOptions, build_options
 from feedback.errors import BackendError, RecipeError
-from feedback.records import JudgeIdentity, Usage
+from feedback.records import Usage
 
 if TYPE_CHECKING:
     from feedback.backends.chat import ChatTokenizer
@@ -82,6 +83,9 @@ class EndpointExtra:
     """Further request headers."""
     body: dict[str, Any] | None = None
     """Further fields of every request body, such as chat_template_kwargs."""
+    server: str | None = None
+    """Name of the server in verdicts, in place of host and port: for a server that is started again
+    elsewhere, so that a run goes on there. None: another host or port is another judge."""
 
 
 class Exchange(NamedTuple, Generic[Reading]):
@@ -123,8 +127,7 @@ class OpenAIBackend:
                 f"{host} needs a key: set the environment variable {options.api_key_env} "
                 "(or name another one with api_key_env)"
             )
-        # Without the port: the same server started again elsewhere is the same judge.
-        self.identity = JudgeIdentity(model=options.model, revision=options.revision, endpoint=host)
+        self.identity = identity_of(options)
         self.bodies = Bodies(options.model, dialect=Dialect(), extra=self.extra.body)
         # Room for every open call to be retried once over; a long outage exceeds it.
         self._budget = RetryBudget(max(1000.0, 8.0 * options.concurrency))

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 from feedback.backends import Capabilities, JudgeCall, JudgeReply, SampleCall, SampleReply
 from feedback.backends.chat import ChatTokenizer
 from feedback.backends.decode import Drawn, Generated, generate
+from feedback.backends.identity import identity_of
 from feedback.backends.opening import local_revision
 from feedback.backends.prefix import (
     Group,
@@ -363,7 +364,7 @@ def open_engine(options: EngineOptions, path: str) -> TransformersBackend:
     return TransformersBackend(
         model,
         ChatTokenizer(tokenizer, template_arguments=template_arguments),
-        identity=JudgeIdentity(model=options.model, revision=revision or options.revision),
+        identity=identity_of(options, revision=revision),
         batch_tokens=options.batch_tokens,
         max_length=min(filter(None, (options.max_model_len, limit, 1 << 20))),
     )

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from feedback.backends import Capabilities, JudgeCall, JudgeReply, SampleCall, SampleReply
 from feedback.backends.chat import ChatTokenizer
+from feedback.backends.identity import identity_of
 from feedback.backends.opening import local_revision
 from feedback.config import EngineOptions
 from feedback.errors import BackendError
@@ -336,7 +337,6 @@ def open_engine(options: EngineOptions, path: str) -> VllmBackend:
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise BackendError(f"vLLM cannot load {options.model!r}: {first}") from error
-    revision = local_revision(path) or options.revision
     return VllmBackend(
         engine,
         ChatTokenizer(
@@ -344,7 +344,7 @@ def open_engine(options: EngineOptions, path: str) -> VllmBackend:
             copy.deepcopy(engine.get_tokenizer()),
             template_arguments=options.extra.get(_TEMPLATE_ARGUMENTS),
         ),
-        identity=JudgeIdentity(model=options.model, revision=revision),
+        identity=identity_of(options, revision=local_revision(path)),
         adapter=adapter,
     )
 
