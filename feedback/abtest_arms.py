@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,13 @@ from feedback.errors import InputError, RecipeError
 from feedback.inputs import checked_candidates
 from feedback.judge import Judge, Question
 from feedback.judge_options import JudgeOptions
-from feedback.labeling_run import LabelingRun, claim_folder
+from feedback.labeling_run import LabelingRun
 from feedback.labeling_setup import make_budget, make_judge, open_cache
 from feedback.observations import Pairs, collect, load_gold, load_material
 from feedback.ordering import pair_questions
 from feedback.progress import ProgressBar
 from feedback.records import Candidates, Completion, GoldPair, Verdict, content_id
+from feedback.run_folder import claim_folder
 from feedback.shards import read_rows
 from feedback.templates import describe, load_template
 
@@ -177,19 +179,21 @@ def _open_arm(
     cache = open_cache(settings, judge)
     if cache is not None:
         closing.callback(cache.close)
+    record = {
+        "judge": dataclasses.asdict(judge.identity),
+        "template": describe(template),
+        "rubric": judge.rubric,
+        "read": settings.read,
+    }
     run = LabelingRun(
-        judge, backend, folder=settings.out, budget=make_budget(settings), cache=cache
+        judge,
+        backend,
+        folder=settings.out,
+        budget=make_budget(settings),
+        cache=cache,
+        claim=functools.partial(claim_folder, settings.out, record),
     )
     closing.callback(run.close)
-    claim_folder(
-        settings.out,
-        {
-            "judge": dataclasses.asdict(judge.identity),
-            "template": describe(template),
-            "rubric": judge.rubric,
-            "read": settings.read,
-        },
-    )
     return Arm(name, judge, settings.out, run)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -222,10 +223,14 @@ def _label(options: JudgeOptions, passes: Sequence[_Pass], work: Work) -> None:
                     record = _run_record(options, passes, judge)
                     make_way(options.out, record, options.on_change)
                     run = LabelingRun(
-                        judge, backend, folder=options.out, budget=budget, cache=cache
+                        judge,
+                        backend,
+                        folder=options.out,
+                        budget=budget,
+                        cache=cache,
+                        claim=functools.partial(claim_folder, options.out, record),
                     )
                     closing.callback(run.close)
-                    claim_folder(options.out, record)
                     if options.ask_again:
                         run.ask_again(options.ask_again)
                     closing.enter_context(bar)

@@ -17,11 +17,10 @@ from feedback.cache import ReplyCache
 from feedback.judge import Asked, Judge, Question
 from feedback.progress import ProgressBar, say
 from feedback.records import Usage, Verdict, encode
-from feedback.run_folder import claim_folder
 from feedback.shards import ShardWriter, writing
 from feedback.verdict_index import FAILED, VerdictIndex
 
-__all__ = ["REPLACED", "LabelingRun", "RunTotals", "claim_folder"]
+__all__ = ["REPLACED", "LabelingRun", "RunTotals"]
 
 REPLACED = "replaced.jsonl"
 
@@ -84,6 +83,7 @@ class LabelingRun:
         folder: made if missing; locked until ``close``.
         budget: limits and prices.
         cache: replies of earlier runs, or None.
+        claim: as ``ShardWriter``'s: raises, before anything is touched, if the folder is not ours.
 
     Raises:
         ShardError: another run writes the folder.
@@ -97,6 +97,7 @@ class LabelingRun:
         folder: Path,
         budget: Budget,
         cache: ReplyCache | None = None,
+        claim: Callable[[], None] = lambda: None,
     ):
         # What was taken out to be asked again gets other seeds, in whichever run that happens.
         self.judge = dataclasses.replace(judge, turn=_lines(folder / REPLACED))
@@ -108,7 +109,7 @@ class LabelingRun:
         """Told of each verdict of this run, once it is written."""
         self._open: dict[str, Asked] = {}
         self._unwanted: frozenset[str] = frozenset()
-        self.writer = ShardWriter[Verdict](folder, "verdicts")
+        self.writer = ShardWriter[Verdict](folder, "verdicts", claim=claim)
         try:
             self._index = VerdictIndex(folder)
             # What failed before is asked again now, so its old rows go.

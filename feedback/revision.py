@@ -10,6 +10,7 @@ which principle and after which critique.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -85,15 +86,15 @@ def run(options: ReviseOptions) -> None:
     constitution = load_constitution(options.constitution)
     principles = constitution.having("critique", "revise")
     total = sum(1 for _ in checked_candidates(options.candidates))
-    with ShardWriter[Candidates](options.out, "candidates") as writer:
-        record = {
-            "candidates_sha256": candidates_sha256(options.candidates),
-            "constitution": constitution.describe(),
-            "model": [options.engine.model, options.engine.revision],
-            "engine": engine_record(options.engine),
-            **asdict(_plan(options)),
-        }
-        claim_folder(options.out, record)
+    record = {
+        "candidates_sha256": candidates_sha256(options.candidates),
+        "constitution": constitution.describe(),
+        "model": [options.engine.model, options.engine.revision],
+        "engine": engine_record(options.engine),
+        **asdict(_plan(options)),
+    }
+    claim = functools.partial(claim_folder, options.out, record)
+    with ShardWriter[Candidates](options.out, "candidates", claim=claim) as writer:
         done = SeenIds()
         for row in writer.existing():
             done.add(row.prompt_id, 0)

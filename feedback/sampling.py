@@ -113,9 +113,9 @@ def run(options: SampleOptions) -> None:
         system=options.system,
         keep_repeats=options.repeats == "keep",
         seed=options.seed,
+        claim=lambda: claim_folder(options.out, record),
     )
     try:
-        claim_folder(options.out, record)
         for place, policy in enumerate(policies):
             if not sampling.has_work(place, _rows(source, options.limit)):
                 continue

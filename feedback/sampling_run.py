@@ -54,7 +54,7 @@ class _Open:
 
 
 class SamplingRun:
-    """One run over one candidates folder.
+    """One run over one candidates folder; ``claim`` as in ``ShardWriter``.
 
     Raises:
         ShardError: another run writes the folder.
@@ -71,6 +71,7 @@ class SamplingRun:
         system: str | None,
         keep_repeats: bool,
         seed: int,
+        claim: Callable[[], None] = lambda: None,
     ):
         self.folder = folder
         self.stages = stages
@@ -84,7 +85,7 @@ class SamplingRun:
         self._seconds = 0.0
         self._tokens = 0
         self._errors: dict[str, str] = {}
-        self.writer = ShardWriter[Candidates](folder, "candidates")
+        self.writer = ShardWriter[Candidates](folder, "candidates", claim=claim)
         self._done = SeenIds()
         for row in self.writer.existing():
             self._done.add(row.prompt_id, 0)

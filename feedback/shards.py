@@ -221,13 +221,21 @@ class ShardWriter(Generic[Record]):
         rows_per_shard: a new file is begun after this many rows.
         sync_every: rows between fsync calls; a crash of the machine (not of the process) can lose
             at most that many.
+        claim: called when the folder is locked and nothing in it was touched yet; raises if its
+            rows are of another run, which then stay as they are, finished or not.
 
     Raises:
         ShardError: another process writes this folder, or it holds another kind of rows.
     """
 
     def __init__(
-        self, folder: Path, kind: str, *, rows_per_shard: int = 100_000, sync_every: int = 1000
+        self,
+        folder: Path,
+        kind: str,
+        *,
+        rows_per_shard: int = 100_000,
+        sync_every: int = 1000,
+        claim: Callable[[], None] = lambda: None,
     ):
         self.folder = folder
         self.kind = kind
@@ -240,15 +248,19 @@ class ShardWriter(Generic[Record]):
         except filelock.Timeout:
             raise ShardError("another run is writing this folder", path=folder) from None
         try:
+            self._check_kind()
+            claim()
             self._open_last()
         except BaseException:
             self._lock.release()
             raise
 
-    def _open_last(self) -> None:
+    def _check_kind(self) -> None:
         for other in KINDS:
             if other != self.kind and shard_paths(self.folder, other):
                 raise ShardError(f"holds {other}, not {self.kind}", path=self.folder)
+
+    def _open_last(self) -> None:
         (self.folder / MANIFEST).unlink(missing_ok=True)
         existing = shard_paths(self.folder, self.kind)
         self._index = max(len(existing) - 1, 0)

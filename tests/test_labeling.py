@@ -67,6 +67,11 @@ def failed(folder: Path) -> list[Verdict]:
     return list(read_jsonl(path, Verdict)) if path.exists() else []
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def test_every_question_gets_one_verdict(tmp_path: Path, engines: dict[str, Scripted]) -> None:
     labeling.run(options(tmp_path))
     rows = final(tmp_path)
@@ -189,11 +194,13 @@ def test_an_interrupted_run_goes_on(
 def test_other_settings_are_not_mixed_into_a_folder(
     tmp_path: Path, engines: dict[str, Scripted], change: dict[str, Any], named: str
 ) -> None:
+    engines["judge"].fail = lambda call: Scripted.values(call) == [1.0, 3.0]
     labeling.run(options(tmp_path))
-    before = (tmp_path / "verdicts/verdicts-00000.jsonl").read_bytes()
+    before = contents(tmp_path / "verdicts")
+    assert {"manifest.json", "run.json", "failed.jsonl", "verdicts-00000.jsonl"} <= set(before)
     with pytest.raises(ShardError, match=f"begun with another {named}"):
         labeling.run(options(tmp_path, **change))
-    assert (tmp_path / "verdicts/verdicts-00000.jsonl").read_bytes() == before
+    assert contents(tmp_path / "verdicts") == before
 
 
 def test_other_candidates_are_not_mixed_into_a_folder(

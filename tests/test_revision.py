@@ -171,8 +171,12 @@ def test_an_engine_that_forgets_calls_is_noticed(tmp_path, reviewer):
 
 def test_another_seed_needs_another_folder(tmp_path, reviewer):
     revise(tmp_path)
+    folder = tmp_path / "revised"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert {"manifest.json", "run.json", "candidates-00000.jsonl"} <= set(before)
     with pytest.raises(ShardError, match="another seed"):
         revise(tmp_path, seed=4)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     moved = EngineOptions(backend="openai", model="pocket:policy", base_url="http://localhost:9/v1")
     with pytest.raises(ShardError, match="another engine"):
         revise(tmp_path, engine=moved)

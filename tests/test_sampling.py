@@ -260,8 +260,12 @@ def test_other_settings_are_not_mixed_into_a_folder(
 ) -> None:
     policies["a"] = ScriptedPolicy("a", unique)
     sampling.run(options(tmp_path))
+    folder = tmp_path / "candidates"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert {"manifest.json", "run.json", "candidates-00000.jsonl"} <= set(before)
     with pytest.raises(ShardError, match="begun with another top_p"):
         sampling.run(options(tmp_path, top_p=0.5))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_completions_of_another_server_are_not_mixed_into_a_folder(
