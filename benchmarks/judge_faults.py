@@ -14,6 +14,7 @@ import contextlib
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -63,9 +64,9 @@ class Bench:
         """One labelling run in this process."""
         labeling.run(options(self.candidates, out, self.proxy.base_url, model=self.model, **engine))
 
-    def start(self, out: Path, **environment: str) -> subprocess.Popen[str]:
+    def start(self, out: Path, *, cache: str = "none", **environment: str) -> subprocess.Popen[str]:
         """One labelling run in a process of its own."""
-        command = [sys.executable, "-m", "train.cli", "judge", "--cache", "none"]
+        command = [sys.executable, "-m", "train.cli", "judge", "--cache", cache]
         command += ["--candidates", str(self.candidates), "--out", str(out)]
         command += ["--engine.backend", "openai", "--engine.model", self.model]
         command += ["--engine.base-url", self.proxy.base_url, "--engine.concurrency", "8"]
@@ -140,7 +141,11 @@ def slow_answers(bench: Bench) -> None:
 
 
 def kills(bench: Bench, count: int, *, per_campaign: int = 10) -> int:
-    """SIGKILL at moments drawn over the whole life of a run, start-up and finish included."""
+    """SIGKILL at moments drawn over the whole life of a run, start-up and finish included.
+
+    Every other campaign runs with the reply cache, as endpoints do unless it is switched off: then
+    no reply that stands in the folder may be missing from it.
+    """
     draw = random.Random(0)
     bench.proxy.latency_s = 0.03
     begun = time.monotonic()
@@ -148,11 +153,12 @@ def kills(bench: Bench, count: int, *, per_campaign: int = 10) -> int:
     whole = time.monotonic() - begun
     done = campaign = 0
     while done < count:
-        out = bench.folder / f"killed{campaign}"
+        out = bench.folder / f"killed{campaign}" / "verdicts"  # a cache of its own beside it
+        cache = ("none", "auto")[campaign % 2]
         moments = []
         asked = bench.proxy.requests
         for _ in range(min(per_campaign, count - done)):
-            process = bench.start(out)
+            process = bench.start(out, cache=cache)
             moment = draw.uniform(0.0, whole / 2)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(moment)
@@ -161,11 +167,16 @@ def kills(bench: Bench, count: int, *, per_campaign: int = 10) -> int:
                 done += 1
                 moments.append(round(moment, 2))
             process.communicate()
-        code, stderr = finish(bench.start(out))
+        written, cached = len(verdicts(out)), replies_kept(out.parent)
+        assert cache == "none" or cached >= written, f"{written} verdicts, {cached} replies"
+        code, stderr = finish(bench.start(out, cache=cache))
         assert code == 0, stderr
         bench.note(
             f"{len(moments)} kills",
             out,
+            cache=cache,
+            verdicts_before_the_last_run=written,
+            replies_in_the_cache_before_it=cached,
             kills=len(moments),
             at_s=moments,
             requests=bench.proxy.requests - asked,
@@ -173,6 +184,18 @@ def kills(bench: Bench, count: int, *, per_campaign: int = 10) -> int:
         campaign += 1
     bench.proxy.latency_s = 0.0
     return done
+
+
+def replies_kept(folder: Path) -> int:
+    """Replies in the cache beside a verdict folder; 0 without one."""
+    if not (folder / "replies.sqlite").is_file():
+        return 0
+    with contextlib.closing(sqlite3.connect(folder / "replies.sqlite")) as database:
+        try:
+            (count,) = database.execute("SELECT COUNT(*) FROM reply").fetchone()
+        except sqlite3.OperationalError:  # killed before the table was made
+            return 0
+    return int(count)
 
 
 def second_run(bench: Bench) -> None:

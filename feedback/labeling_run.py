@@ -155,9 +155,11 @@ class LabelingRun:
                 continue  # an engine that answers twice is heard once
             cost = self.budget.settle(reply.call_id, reply.usage)
             verdict = self.judge.read(asked, reply, cost=cost)
-            if self.cache is not None and verdict.outcome != "failed":
-                self.cache.put(asked.call, reply, repeat=asked.question.repeat)
-            self._keep(verdict)
+            try:
+                if self.cache is not None and verdict.outcome != "failed":
+                    self.cache.put(asked.call, reply, repeat=asked.question.repeat)
+            finally:  # a verdict that was paid for is kept, whatever becomes of the cache
+                self._keep(verdict)
         # Calls taken from here include those an endpoint's gate still holds back.
         gate = getattr(self.backend, "gate_state", None)
         if gate is not None:
