@@ -37,6 +37,7 @@ from feedback.labeling_setup import (
     Work,
     all_questions,
     candidates_sha256,
+    check_judges,
     combination_of,
     make_budget,
     make_judge,
@@ -86,10 +87,15 @@ def run(options: JudgeOptions) -> None:
     """
     members = members_of(options)
     plans = [question_plan(row.options, load_template(row.options.template)) for row in members]
-    work = survey(options.candidates, plans[0])
+    work, *_ = [
+        survey(options.candidates, plan)
+        for place, plan in enumerate(plans)
+        if plan not in plans[:place]
+    ]
     if options.dry_run:
         _say_dry_run(members, plans, work)
         return
+    check_judges(members)
     passes = []
     for member, plan in zip(members, plans, strict=True):
         if options.cascade is not None and member.number:

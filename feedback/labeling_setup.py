@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from feedback.backends import Backend
 from feedback.backends.identity import identity_of
+from feedback.backends.opening import check_engine
 from feedback.budget import Budget, Price, find_price
 from feedback.cache import ReplyCache
 from feedback.constitution import load_constitution
@@ -33,6 +34,7 @@ __all__ = [
     "Work",
     "all_questions",
     "candidates_sha256",
+    "check_judges",
     "combination_of",
     "make_budget",
     "make_judge",
@@ -125,6 +127,37 @@ def _check_same_question(options: JudgeOptions, members: Sequence[Member]) -> No
             )
 
 
+def check_judges(members: Sequence[Member]) -> None:
+    """Check everything that can be known of all judges before the first one is asked.
+
+    Raises:
+        InputError: a price is unknown, and there is a limit on cost; or a later judge's options are
+            wrong.
+        BackendError: what a later judge's engine needs is missing.
+    """
+    for options, number in members:
+        price_of(options)
+        check_tokenizer(options)
+        if number:  # the first is opened at once
+            check_engine(options.engine)
+
+
+def check_tokenizer(options: JudgeOptions) -> None:
+    """Refuse a limit on the question's length where nothing here can count tokens.
+
+    Raises:
+        RecipeError: as said.
+    """
+    engine = options.engine
+    counts = engine.backend in LOCAL_ENGINES or "tokenizer" in engine.extra
+    if options.max_prompt_tokens is not None and not counts:
+        raise RecipeError(
+            f"max_prompt_tokens needs the judge's tokenizer, which backend {engine.backend!r} does "
+            "not have here; leave it out, or name the tokenizer of an endpoint's model under "
+            "engine.extra"
+        )
+
+
 def combination_of(options: JudgeOptions) -> Combination | None:
     """Return how the judges' comparisons are merged; None for a single judge."""
     if options.cascade is not None:
@@ -212,7 +245,9 @@ def make_judge(
     Raises:
         BackendError: the engine cannot be reached, or cannot give log-probabilities of the
             template's labels.
+        RecipeError: there is a limit on the question's length, and no tokenizer.
     """
+    check_tokenizer(options)
     rubric = load_criteria(options.rubric or template.rubric)
     judge = Judge(
         identity=backend.identity,
@@ -243,12 +278,6 @@ def _length_budget(options: JudgeOptions, judge: Judge, backend: Backend) -> Len
     tokenizer = getattr(backend, "chat", None)
     longest = getattr(backend, "max_length", None)
     if tokenizer is None:
-        if options.max_prompt_tokens is not None and options.engine.backend != "replay":
-            raise RecipeError(
-                f"max_prompt_tokens needs the judge's tokenizer, which backend "
-                f"{options.engine.backend!r} does not have here; leave it out, or name "
-                "the tokenizer of an endpoint's model under engine.extra"
-            )
         return None
     limits = [options.max_prompt_tokens, longest and longest - judge.reply_tokens]
     known = [limit for limit in limits if limit]

@@ -13,7 +13,8 @@ from scripted import Scripted, manifest_of
 from test_protocols import REPLY_LABELS, engine, judge, judges, rankings  # noqa: F401
 
 from feedback.comparing import comparisons
-from feedback.errors import RecipeError
+from feedback.config import EngineOptions
+from feedback.errors import RecipeError, RlaifError
 from feedback.panel import CascadeOptions, Combination, PanelJudge, PanelOptions
 from feedback.panel_ratings import (
     is_unsure_rating,
@@ -248,3 +249,46 @@ def test_a_cascade_after_chosen_pairs(tmp_path, judges):  # noqa: F811
 def test_options_of_the_entropy_limit():
     with pytest.raises(RecipeError, match="max_entropy"):
         CascadeOptions(max_entropy=1.2)
+
+
+WRONG_LATER_JUDGES = {
+    "price": ({"engine": EngineOptions(backend="openai", model="unpriced")}, "needs the price"),
+    "gold": ({"template": "pairwise-reference"}, "shows a known-good answer"),
+    "key": ({"engine": EngineOptions(backend="openai", model="m")}, "needs a key"),
+    "url": (
+        {"engine": EngineOptions(backend="openai", model="m", base_url="ftp://h/v1")},
+        "base_url",
+    ),
+    "batch": ({"engine": EngineOptions(backend="batch", model="m")}, "needs a key"),
+    "extra": (
+        {"engine": EngineOptions(backend="openai", model="m", extra={"tokeniser": "x"})},
+        "unknown key",
+    ),
+    "replay": ({"engine": EngineOptions(backend="replay")}, "needs replay_from"),
+    "model": ({"engine": EngineOptions(model="pocket:none")}, "pocket:none"),
+}
+
+
+@pytest.mark.parametrize("form", ["panel", "cascade"])
+@pytest.mark.parametrize("case", WRONG_LATER_JUDGES)
+def test_a_later_judge_is_checked_before_the_first_is_asked(
+    tmp_path,
+    judges,  # noqa: F811
+    monkeypatch,
+    case,
+    form,
+):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    judges["cheap"] = Scripted("cheap")
+    later, words = WRONG_LATER_JUDGES[case]
+    later = {"engine": engine("other"), **later}
+    several = (
+        {"panel": PanelOptions(judges=(PanelJudge(**later),))}
+        if form == "panel"
+        else {"cascade": CascadeOptions(**later)}
+    )
+    limit = {"max_cost": 1.0} if case == "price" else {}
+    with pytest.raises(RlaifError, match=words):
+        judge(tmp_path, {"p": [1, 2, 3]}, **several, **limit)
+    assert judges["cheap"].calls == []
+    assert not (tmp_path / "verdicts").exists()

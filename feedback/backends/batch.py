@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+from urllib.parse import SplitResult
 
 import orjson
 
@@ -84,11 +85,7 @@ class BatchBackend:
 
     def __init__(self, options: EngineOptions):
         self.options = options
-        self.extra = build_options(BatchExtra, options.extra)
-        url = split_url(options.base_url or _OPENAI)
-        key = os.environ.get(options.api_key_env)
-        if not key and options.base_url is None:
-            raise BackendError(f"the Batch API needs a key: set {options.api_key_env}")
+        self.extra, url, key = settings_of(options)
         self.identity = identity_of(options)
         self.bodies = Bodies(options.model, dialect=Dialect(), extra=self.extra.body)
         self._redact = Redactor((key, url.password))
@@ -313,6 +310,34 @@ def _failed_judge(call: JudgeCall, problem: str) -> JudgeReply:
 
 def _failed_sample(call: SampleCall, problem: str) -> SampleReply:
     return SampleReply(call_id=call.call_id, error=problem)
+
+
+class BatchSettings(NamedTuple):
+    """What the options say of the Batch API."""
+
+    extra: BatchExtra
+    url: SplitResult
+    key: str | None
+
+
+def settings_of(options: EngineOptions) -> BatchSettings:
+    """Read and check the options; nothing is loaded or sent.
+
+    Raises:
+        BackendError: the key is not in the environment, or ``base_url`` is no http(s) URL.
+        RecipeError: ``extra`` holds an unknown key.
+    """
+    extra = build_options(BatchExtra, options.extra)
+    url = split_url(options.base_url or _OPENAI)
+    key = os.environ.get(options.api_key_env)
+    if not key and options.base_url is None:
+        raise BackendError(f"the Batch API needs a key: set {options.api_key_env}")
+    return BatchSettings(extra, url, key)
+
+
+def check_options(options: EngineOptions) -> None:
+    """Raise what opening would raise, without opening; see ``settings_of``."""
+    settings_of(options)
 
 
 def open_engine(options: EngineOptions, path: str) -> BatchBackend:

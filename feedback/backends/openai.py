@@ -111,22 +111,14 @@ class OpenAIBackend:
 
     def __init__(self, options: EngineOptions):
         self.options = options
-        self.extra = build_options(EndpointExtra, options.extra)
-        url = split_url(options.base_url or _OPENAI)
-        self._key = os.environ.get(options.api_key_env) or None
+        self.extra, url, self._key, hosted = settings_of(options)
         self.redact = Redactor(_secrets(url, self._key, self.extra.headers))
         host = url.hostname or ""
         self._endpoint = host if url.port is None else f"{host}:{url.port}"
-        hosted = any(host == name or host.endswith(f".{name}") for name in _HOSTED)
         proxied = options.base_url is not None and needs_proxy(options.base_url)
         self.uses_sdk = self.extra.transport == "sdk" or (
             self.extra.transport == "auto" and (hosted or proxied)
         )
-        if hosted and self._key is None:
-            raise BackendError(
-                f"{host} needs a key: set the environment variable {options.api_key_env} "
-                "(or name another one with api_key_env)"
-            )
         self.identity = identity_of(options)
         self.bodies = Bodies(options.model, dialect=Dialect(), extra=self.extra.body)
         # Room for every open call to be retried once over; a long outage exceeds it.
@@ -137,8 +129,6 @@ class OpenAIBackend:
             budget=self._budget,
             first_wait_s=self.extra.first_wait_s,
         )
-        if self.extra.max_length is not None and self.extra.tokenizer is None:
-            raise RecipeError("extra.max_length does nothing without extra.tokenizer")
         self.chat = _tokenizer(self.extra)
         self.max_length = self.extra.max_length
         self._failures_in_a_row = 0
@@ -351,6 +341,44 @@ class OpenAIBackend:
                 f"{self._endpoint} failed {self._failures_in_a_row} calls in a row, the "
                 f"last with: {failure}. What is finished is kept; run the command again to go on"
             )
+
+
+class EndpointSettings(NamedTuple):
+    """What the options say of an endpoint."""
+
+    extra: EndpointExtra
+    url: SplitResult
+    key: str | None
+    hosted: bool
+    """A known hosted API."""
+
+
+def settings_of(options: EngineOptions) -> EndpointSettings:
+    """Read and check the options; nothing is loaded or sent.
+
+    Raises:
+        BackendError: the key that a hosted API needs is not in the environment, or ``base_url`` is
+            no http(s) URL.
+        RecipeError: ``extra`` holds an unknown key, or one that does nothing.
+    """
+    extra = build_options(EndpointExtra, options.extra)
+    url = split_url(options.base_url or _OPENAI)
+    key = os.environ.get(options.api_key_env) or None
+    host = url.hostname or ""
+    hosted = any(host == name or host.endswith(f".{name}") for name in _HOSTED)
+    if hosted and key is None:
+        raise BackendError(
+            f"{host} needs a key: set the environment variable {options.api_key_env} "
+            "(or name another one with api_key_env)"
+        )
+    if extra.max_length is not None and extra.tokenizer is None:
+        raise RecipeError("extra.max_length does nothing without extra.tokenizer")
+    return EndpointSettings(extra, url, key, hosted)
+
+
+def check_options(options: EngineOptions) -> None:
+    """Raise what opening would raise, without opening; see ``settings_of``."""
+    settings_of(options)
 
 
 def open_engine(options: EngineOptions, path: str) -> OpenAIBackend:

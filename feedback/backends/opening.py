@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 from pathlib import Path
 
 from feedback.backends import Backend
 from feedback.config import EngineOptions
 from feedback.errors import BackendError
 
-__all__ = ["local_revision", "open_backend", "resolve_model"]
+__all__ = ["check_engine", "local_revision", "open_backend", "resolve_model"]
 
 _BLOCK = 1 << 16
 _BLOCKS_PER_FILE = 64
@@ -41,6 +42,25 @@ def open_backend(options: EngineOptions) -> Backend:
             f"backend {options.backend!r} needs the package {error.name or package!r}: {command}"
         ) from error
     return backend
+
+
+def check_engine(options: EngineOptions) -> None:
+    """Check what can be checked of an engine without opening it.
+
+    Several judges take turns, so that one is in memory at a time. What is wrong with a later one
+    must not show only after the first one's calls were paid for.
+
+    Raises:
+        BackendError: its package, its key or the embedded model is missing, or its URL is wrong.
+        InputError: ``extra`` or ``replay_from`` is wrong.
+    """
+    resolve_model(options.model)
+    if options.backend in _NEEDS:
+        package, command = _NEEDS[options.backend]
+        if importlib.util.find_spec(package) is None:
+            raise BackendError(f"backend {options.backend!r} needs {package!r}: {command}")
+        return
+    importlib.import_module(f"feedback.backends.{options.backend}").check_options(options)
 
 
 def resolve_model(name: str) -> str:

@@ -154,8 +154,8 @@ def _reply(call: JudgeCall, verdict: Verdict) -> JudgeReply:
     )
 
 
-def open_engine(options: EngineOptions, path: str) -> ReplayBackend:
-    """Open the folder that ``options.replay_from`` names.
+def check_options(options: EngineOptions) -> Path:
+    """Return the folder that ``options.replay_from`` names.
 
     Raises:
         InputError: it is not named, or is no folder.
@@ -165,4 +165,13 @@ def open_engine(options: EngineOptions, path: str) -> ReplayBackend:
     folder = Path(options.replay_from)
     if not folder.is_dir():
         raise InputError("no such folder", path=folder)
-    return ReplayBackend(folder, model=options.model)
+    return folder
+
+
+def open_engine(options: EngineOptions, path: str) -> ReplayBackend:
+    """Open the folder that ``options.replay_from`` names.
+
+    Raises:
+        InputError: it is not named, or is no folder.
+    """
+    return ReplayBackend(check_options(options), model=options.model)
