@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import re
+import threading
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -135,20 +136,30 @@ class Spent:
         return self.prompt_tokens + self.completion_tokens
 
     def add(self, usage: Usage, cost: float) -> None:
-        """Count one answered call."""
-        self.calls += 1
+        """Count what was billed."""
         self.prompt_tokens += usage.prompt_tokens
         self.cached_tokens += usage.cached_tokens
         self.completion_tokens += usage.completion_tokens
         self.cost += cost
 
 
+@dataclass(slots=True)
+class _Open:
+    """A call under way: what it is expected to take, and what it has wasted so far."""
+
+    tokens: int
+    cost: float
+    characters: int
+    wasted: Usage = field(default_factory=Usage)
+
+
 @dataclass(slots=True, kw_only=True)
 class Budget:
     """Limits of a run, what it has spent and what is under way.
 
-    ``admit`` before a call is sent, ``settle`` when it is answered. The limits hold
-    for one run: continuing an interrupted one starts from zero.
+    ``admit`` before a call is sent, ``waste`` for each attempt that was billed and gave nothing,
+    ``settle`` when it is answered. The limits hold for one run: continuing an interrupted one
+    starts from zero. Engines speak to it from threads of their own.
     """
 
     price: Price | None = None
@@ -161,11 +172,12 @@ class Budget:
     spent: Spent = field(default_factory=Spent)
     reached: str = ""
     """The limit that stopped the run, in words; empty while none has."""
-    _open: dict[str, tuple[int, float, int]] = field(default_factory=dict)
+    _open: dict[str, _Open] = field(default_factory=dict)
     _open_tokens: int = 0
     _open_cost: float = 0.0
     _characters: int = 0
     _measured_tokens: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def expect(self, call: JudgeCall) -> Usage:
         """Return the tokens that a call is expected to take, by what this run has measured."""
@@ -178,9 +190,20 @@ class Budget:
         """Return whether a call fits into the limits; if so, count it as under way."""
         usage = self.expect(call)
         tokens = usage.prompt_tokens + usage.completion_tokens
-        cost = 0.0 if self.price is None else self.price.of(usage, batch=self.batch)
+        cost = self._price(usage)
+        with self._lock:
+            if not self._fits(calls=1, tokens=tokens, cost=cost):
+                return False
+            characters = sum(len(turn["content"]) for turn in call.messages)
+            self._open[call.call_id] = _Open(tokens, cost, characters)
+            self._open_tokens += tokens
+            self._open_cost += cost
+        return True
+
+    def _fits(self, *, calls: int = 0, tokens: int = 0, cost: float = 0.0) -> bool:
+        """Return whether so much more fits beside what is spent and under way."""
         checks = (
-            ("calls", self.max_calls, self.spent.calls + len(self._open) + 1, "{:d}"),
+            ("calls", self.max_calls, self.spent.calls + len(self._open) + calls, "{:d}"),
             ("tokens", self.max_tokens, self.spent.tokens + self._open_tokens + tokens, "{:d}"),
             ("cost", self.max_cost, self.spent.cost + self._open_cost + cost, "${:.4g}"),
         )
@@ -188,20 +211,44 @@ class Budget:
             if limit is not None and value > limit:
                 self.reached = f"--max-{name} {style.format(limit)}"
                 return False
-        characters = sum(len(turn["content"]) for turn in call.messages)
-        self._open[call.call_id] = (tokens, cost, characters)
-        self._open_tokens += tokens
-        self._open_cost += cost
         return True
 
+    def _price(self, usage: Usage) -> float:
+        return 0.0 if self.price is None else self.price.of(usage, batch=self.batch)
+
+    def waste(self, call_id: str, usage: Usage) -> bool:
+        """Count an attempt that was billed and gave nothing; return whether another one fits.
+
+        What the call was expected to take stays set aside, for that other attempt.
+        """
+        with self._lock:
+            call = self._open.get(call_id)
+            if call is None:
+                return True
+            call.wasted += usage
+            self.spent.add(usage, self._price(usage))
+            return self._fits()
+
     def settle(self, call_id: str, usage: Usage) -> float:
-        """Count an answered call; return its cost in US dollars."""
-        tokens, expected, characters = self._open.pop(call_id)
-        self._open_tokens -= tokens
-        self._open_cost -= expected
-        if usage.prompt_tokens:
-            self._characters += characters
-            self._measured_tokens += usage.prompt_tokens
-        cost = 0.0 if self.price is None else self.price.of(usage, batch=self.batch)
-        self.spent.add(usage, cost)
-        return cost
+        """Count an answered call; return its cost in US dollars.
+
+        Args:
+            call_id: of the call.
+            usage: of all its attempts, those that ``waste`` was told of included.
+        """
+        with self._lock:
+            call = self._open.pop(call_id)
+            self._open_tokens -= call.tokens
+            self._open_cost -= call.cost
+            wasted = call.wasted
+            last = Usage(
+                prompt_tokens=max(usage.prompt_tokens - wasted.prompt_tokens, 0),
+                cached_tokens=max(usage.cached_tokens - wasted.cached_tokens, 0),
+                completion_tokens=max(usage.completion_tokens - wasted.completion_tokens, 0),
+            )
+            if last.prompt_tokens:
+                self._characters += call.characters
+                self._measured_tokens += last.prompt_tokens
+            self.spent.calls += 1
+            self.spent.add(last, self._price(last))
+            return self._price(wasted + last)

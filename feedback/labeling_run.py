@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from feedback.backends import Backend, JudgeCall
+from feedback.backends import Backend, Charging, JudgeCall
 from feedback.budget import Budget
 from feedback.cache import ReplyCache
 from feedback.judge import Asked, Judge, Question
 from feedback.progress import ProgressBar, say
 from feedback.records import Usage, Verdict, encode
-from feedback.shards import ShardWriter, writing
+from feedback.shards import ShardWriter, read_jsonl, writing
 from feedback.verdict_index import FAILED, VerdictIndex
 
 __all__ = ["REPLACED", "LabelingRun", "RunTotals"]
@@ -101,8 +101,8 @@ class LabelingRun:
     ):
         # What was taken out to be asked again gets other seeds, in whichever run that happens.
         self.judge = dataclasses.replace(judge, turn=_lines(folder / REPLACED))
-        self.backend = backend
         self.budget = budget
+        self.backend = self._charged(backend)
         self.cache = cache
         self.totals = RunTotals()
         self.listener: Callable[[Verdict], None] | None = None
@@ -134,8 +134,13 @@ class LabelingRun:
     def use(self, judge: Judge, backend: Backend, cache: ReplyCache | None) -> None:
         """Go on with another judge: what it is asked next is written to the same folder."""
         self.judge = dataclasses.replace(judge, turn=self.judge.turn)
-        self.backend, self.cache = backend, cache
+        self.backend, self.cache = self._charged(backend), cache
         self.listener = None
+
+    def _charged(self, backend: Backend) -> Backend:
+        if isinstance(backend, Charging):
+            backend.on_waste = self.budget.waste
+        return backend
 
     def known(self, prompt_id: str) -> list[Verdict]:
         """Return what this judge said of a prompt in earlier runs, failed calls left out."""
@@ -224,6 +229,8 @@ class LabelingRun:
 
         failed = self.totals.outcomes["failed"]
         self._failed.close()
+        for verdict in read_jsonl(self.writer.folder / FAILED, Verdict):
+            count(verdict)  # a reply that could not be used was billed all the same
         if not failed:
             (self.writer.folder / FAILED).unlink()
         self.writer.finish({**info, "failed": failed, "totals": totals}, count=count)

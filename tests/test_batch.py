@@ -213,6 +213,8 @@ def test_what_a_batch_could_not_answer_is_asked_again_and_only_that(
         assert "without a readable reply" in (errors["call 7"] or "")
         assert "without a readable reply" in (errors["call 11"] or ""), "NaN is not JSON"
         assert "invalid reply: 2 choices" in (errors["call 13"] or "")
+        # That one was billed like any other; the rest of them said nothing of tokens.
+        assert replies["call 13"].usage.prompt_tokens > 0
         server.runner = answer_at_once
         assert same(judged(server, state), truth)
         assert [len(rows) for rows in request_files(server)] == [24, 5]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from fault_proxy import FaultProxy
 
 from feedback import labeling
 from feedback.config import EngineOptions
-from feedback.errors import BackendError
+from feedback.errors import BackendError, BudgetExceeded
 from feedback.records import Candidates, Completion, Verdict, encode
 from feedback.shards import read_jsonl, read_manifest, shard_paths
 
@@ -241,6 +242,52 @@ def test_a_dead_endpoint_stops_the_run_and_keeps_what_is_done(
         labeling.run(run)
     assert damage(truth, verdicts(out)) == Damage(0, 0, 0)
     assert failures(out) == []
+
+
+@pytest.mark.parametrize("fault", ["two_choices", "no_logprobs", "above_zero"])
+def test_replies_that_cannot_be_used_are_billed_and_count_against_the_limit(
+    fault: str, candidates: Path, tmp_path: Path
+) -> None:
+    """Every attempt is charged, and no retry is sent once the limit is reached."""
+    prices = tmp_path / "prices.toml"
+    prices.write_text('["stand-in"]\nprompt = 100.0\ncompletion = 100.0\n')
+    out, billed = tmp_path / "out", 0.0
+
+    def bill(number: int, body: bytes) -> str | None:
+        nonlocal billed
+        if b"Topic" not in body:
+            return None
+        billed += (len(json.dumps(json.loads(body)["messages"])) // 4 + 1) * 100 / 1e6
+        return fault
+
+    with FaultProxy() as proxy:
+        run = options(candidates, out, proxy.base_url, max_retries=5, concurrency=4)
+        run = dataclasses.replace(run, prices=prices, max_cost=0.5)
+        proxy.plan = bill
+        with pytest.raises(BudgetExceeded, match=r"--max-cost \$0.5"):
+            labeling.run(run)
+    failed = failures(out)
+    assert math.fsum(verdict.cost for verdict in failed) == pytest.approx(billed)
+    assert max(verdict.attempts for verdict in failed) == 6
+    assert 0.3 < billed <= 0.5 * 1.1  # a call is estimated before it is sent
+
+
+def test_a_verdict_costs_all_its_attempts(candidates: Path, tmp_path: Path) -> None:
+    """The first reply to each question is of no use; the second is the verdict: both are paid."""
+    prices = tmp_path / "prices.toml"
+    prices.write_text('["stand-in"]\nprompt = 100.0\ncompletion = 0\n')
+    costs = []
+    for name in ("good", "bad"):
+        with FaultProxy() as proxy:
+            run = options(candidates, tmp_path / name, proxy.base_url)
+            if name == "bad":
+                plan = fault_proxy.first_time("two_choices")
+                proxy.plan = lambda number, body, plan=plan: (
+                    plan(number, body) if b"Topic" in body else None
+                )
+            labeling.run(dataclasses.replace(run, prices=prices))
+        costs.append(read_manifest(tmp_path / name)["totals"]["cost"])
+    assert costs[1] == pytest.approx(2 * costs[0])
 
 
 def test_clock_jumps_change_nothing(

@@ -7,13 +7,21 @@ Heavy packages (torch, vllm) load when a backend is opened, never when this pack
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from feedback.records import JudgeIdentity, Message, Usage
 
-__all__ = ["Backend", "Capabilities", "JudgeCall", "JudgeReply", "SampleCall", "SampleReply"]
+__all__ = [
+    "Backend",
+    "Capabilities",
+    "Charging",
+    "JudgeCall",
+    "JudgeReply",
+    "SampleCall",
+    "SampleReply",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +50,7 @@ class JudgeReply:
     """Natural logarithm of each offered label's probability; a label that the engine did not report
     is absent. None when log-probabilities were not asked for or not returned."""
     usage: Usage = field(default_factory=Usage)
+    """Of all attempts: a reply that arrived and could not be used was billed too."""
     latency_s: float = 0.0
     attempts: int = 1
     error: str | None = None
@@ -111,3 +120,12 @@ class Backend(Protocol):
     def close(self) -> None:
         """Free the engine."""
         ...
+
+
+@runtime_checkable
+class Charging(Protocol):
+    """An engine that asks again what it could not read, while both are billed."""
+
+    on_waste: Callable[[str, Usage], bool]
+    """Told, from any thread, of a call's attempt that was billed and could not be used; False: the
+    call is not tried again, because of a spending limit."""

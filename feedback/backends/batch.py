@@ -250,6 +250,7 @@ class BatchBackend:
             except RequestFailed as failure:
                 batch.bad.append(result.custom_id)
                 reply = failed(found.call, str(failure))
+                reply = dataclasses.replace(reply, usage=failure.usage)
             del open_calls[result.custom_id]
             yield reply
         for found in open_calls.values():

@@ -16,7 +16,7 @@ import jinja2
 from feedback.errors import BackendError
 from feedback.records import Message
 
-__all__ = ["ChatTokenizer"]
+__all__ = ["ChatTokenizer", "load_tokenizer"]
 
 _MARKER = "zqxjk"
 # Added tokens that look like control tokens; others ("\t\t", "    ") are ordinary text.
@@ -179,6 +179,23 @@ class ChatTokenizer:
             return _MARKER in self._render(turns, opening=True)
         except BackendError:
             return False
+
+
+def load_tokenizer(name: str, template_arguments: dict[str, Any] | None = None) -> ChatTokenizer:
+    """Return the tokenizer in a folder, or of that name on the Hub.
+
+    Raises:
+        BackendError: it cannot be loaded.
+    """
+    # Seconds of imports, for those who ask for it.
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise BackendError(f"cannot load the tokenizer {name!r}: {first}") from error
+    return ChatTokenizer(tokenizer, template_arguments=template_arguments)
 
 
 def _merge_system(turns: list[Message]) -> list[Message]:

@@ -12,8 +12,9 @@ the same answer), added up; upper and lower case stay different.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, NamedTuple
 
 import msgspec
@@ -73,6 +74,10 @@ class _Chat(msgspec.Struct):
     usage: _Usage | None = None
 
 
+class _UsageAlone(msgspec.Struct):
+    usage: _Usage | None = None
+
+
 class _ErrorBody(msgspec.Struct):
     message: str | None = None
     code: str | int | None = None
@@ -86,6 +91,7 @@ class _ErrorReply(msgspec.Struct):
 
 
 _chat = msgspec.json.Decoder(_Chat)
+_usage_alone = msgspec.json.Decoder(_UsageAlone)
 _error = msgspec.json.Decoder(_ErrorReply)
 
 
@@ -116,9 +122,15 @@ def read_judge(raw: bytes, call: JudgeCall, ids: Mapping[str, int] | None) -> Ju
         ids: token id of each label, where tokens were asked for by id.
 
     Raises:
-        RequestFailed: the reply is invalid; of kind ``invalid``, so it may be asked again.
+        RequestFailed: the reply is invalid; of kind ``invalid``, so it may be asked again, and with
+            the tokens that it was billed for.
     """
     chat = _decode(raw)
+    with _billed(chat):
+        return _judge_reading(chat, call, ids)
+
+
+def _judge_reading(chat: _Chat, call: JudgeCall, ids: Mapping[str, int] | None) -> JudgeReading:
     if len(chat.choices) != 1:
         raise _invalid(f"{len(chat.choices)} choices instead of 1")
     choice = chat.choices[0]
@@ -143,10 +155,14 @@ def read_sample(raw: bytes, call: SampleCall, *, n: int | None = None) -> Sample
     """Read the reply to a sample call for ``n`` completions (the call's own number if None).
 
     Raises:
-        RequestFailed: the reply is invalid; of kind ``invalid``.
+        RequestFailed: as ``read_judge``.
     """
     chat = _decode(raw)
-    wanted = call.n if n is None else n
+    with _billed(chat):
+        return _sample_reading(chat, call.n if n is None else n)
+
+
+def _sample_reading(chat: _Chat, wanted: int) -> SampleReading:
     choices = sorted(chat.choices, key=lambda choice: choice.index)
     if [choice.index for choice in choices] != list(range(wanted)):
         raise _invalid(f"{len(choices)} choices instead of {wanted}")
@@ -175,7 +191,20 @@ def _decode(raw: bytes) -> _Chat:
         return _chat.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         # NaN and Infinity are not JSON: a reply that holds one ends here too.
-        raise _invalid(f"not a chat completion: {error}") from None
+        failure = _invalid(f"not a chat completion: {error}")
+        with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
+            failure.usage = _usage(_usage_alone.decode(raw).usage)
+        raise failure from None
+
+
+@contextlib.contextmanager
+def _billed(chat: _Chat) -> Iterator[None]:
+    """Note on a reply that cannot be used what it cost."""
+    try:
+        yield
+    except RequestFailed as failure:
+        failure.usage = _usage(chat.usage)
+        raise
 
 
 def _label_logprobs(

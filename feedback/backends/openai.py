@@ -15,10 +15,11 @@ import asyncio
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 from urllib.parse import SplitResult
 
 from feedback.backends import Capabilities, JudgeCall, JudgeReply, SampleCall, SampleReply
+from feedback.backends.chat import ChatTokenizer, load_tokenizer
 from feedback.backends.chat_bodies import Bodies, Dialect
 from feedback.backends.chat_replies import SampleReading, read_judge, read_sample
 from feedback.backends.http import HttpTransport, Transport, needs_proxy, split_url
@@ -32,12 +33,10 @@ from feedback.config import EngineOptions, build_options
 from feedback.errors import BackendError, RecipeError
 from feedback.records import Usage
 
-if TYPE_CHECKING:
-    from feedback.backends.chat import ChatTokenizer
-
 __all__ = ["EndpointExtra", "OpenAIBackend", "open_engine"]
 
 Reading = TypeVar("Reading")
+_NO_USAGE = Usage()
 _OPENAI = "https://api.openai.com/v1"
 _HOSTED = (
     "openai.com",
@@ -94,6 +93,8 @@ class Exchange(NamedTuple, Generic[Reading]):
     reading: Reading
     attempts: int
     latency_s: float
+    usage: Usage
+    """Of all attempts."""
 
 
 class OpenAIBackend:
@@ -131,6 +132,7 @@ class OpenAIBackend:
         )
         self.chat = _tokenizer(self.extra)
         self.max_length = self.extra.max_length
+        self.on_waste: Callable[[str, Usage], bool] = lambda call_id, usage: True
         self._failures_in_a_row = 0
         self._thread: LoopThread | None = None
         self._transport: Transport | None = None
@@ -231,20 +233,25 @@ class OpenAIBackend:
         ids = self.bodies.token_ids(call.choices)
         try:
             body = self.bodies.judge(call)
-            reading, attempts, latency = await self._exchange(
-                body, lambda raw: read_judge(raw, call, ids), allowance=call.max_tokens
+            reading, attempts, latency, usage = await self._exchange(
+                call, body, lambda raw: read_judge(raw, call, ids), allowance=call.max_tokens
             )
         except ValueError as error:
             return JudgeReply(call_id=call.call_id, error=str(error), attempts=0)
         except RequestFailed as failure:
             self._note_failure(failure)
-            return JudgeReply(call_id=call.call_id, error=str(failure), attempts=failure.attempts)
+            return JudgeReply(
+                call_id=call.call_id,
+                error=str(failure),
+                attempts=failure.attempts,
+                usage=failure.usage,
+            )
         return JudgeReply(
             call_id=call.call_id,
             text=reading.text,
             finish_reason=reading.finish_reason,
             choice_logprobs=reading.choice_logprobs,
-            usage=reading.usage,
+            usage=usage,
             latency_s=latency,
             attempts=attempts,
         )
@@ -256,14 +263,19 @@ class OpenAIBackend:
             return SampleReply(call_id=call.call_id, error=str(error), attempts=0)
         except RequestFailed as failure:
             self._note_failure(failure)
-            return SampleReply(call_id=call.call_id, error=str(failure), attempts=failure.attempts)
+            return SampleReply(
+                call_id=call.call_id,
+                error=str(failure),
+                attempts=failure.attempts,
+                usage=failure.usage,
+            )
         readings = [part.reading for part in parts]
         return SampleReply(
             call_id=call.call_id,
             texts=tuple(text for reading in readings for text in reading.texts),
             finish_reasons=tuple(item for reading in readings for item in reading.finish_reasons),
             logps=tuple(logp for reading in readings for logp in reading.logps),
-            usage=_total(reading.usage for reading in readings),
+            usage=sum((part.usage for part in parts), Usage()),
             latency_s=max(part.latency_s for part in parts),
             attempts=max(part.attempts for part in parts),
         )
@@ -272,6 +284,7 @@ class OpenAIBackend:
         if not self.extra.split_n or call.n == 1:
             return [
                 await self._exchange(
+                    call,
                     self.bodies.sample(call),
                     lambda raw: read_sample(raw, call),
                     allowance=call.n * call.max_tokens,
@@ -285,26 +298,42 @@ class OpenAIBackend:
         return await asyncio.gather(
             *(
                 self._exchange(
-                    body, lambda raw: read_sample(raw, call, n=1), allowance=call.max_tokens
+                    call, body, lambda raw: read_sample(raw, call, n=1), allowance=call.max_tokens
                 )
                 for body in bodies
             )
         )
 
     async def _exchange(
-        self, body: bytes, read: Callable[[bytes], Any], *, allowance: int
+        self,
+        call: JudgeCall | SampleCall,
+        body: bytes,
+        read: Callable[[bytes], Any],
+        *,
+        allowance: int,
     ) -> Exchange[Any]:
         # Four bytes a token, the usual rule of thumb; corrected by what the reply reports.
         tokens = len(body) / 4.0 + allowance if self.options.tokens_per_minute else 0.0
+        wasted = Usage()
+
+        async def attempt(*, again: bool) -> Exchange[Any]:
+            nonlocal wasted
+            try:
+                return await self._attempt(body, read, tokens, again=again)
+            except RequestFailed as failure:
+                if failure.usage != _NO_USAGE:
+                    wasted += failure.usage
+                    failure.unaffordable = not self.on_waste(call.call_id, failure.usage)
+                failure.usage = wasted
+                raise
+
         try:
-            exchange = await self._attempt(body, read, tokens)
+            exchange = await attempt(again=False)
         except RequestFailed as failure:
             if not failure.transient:
                 raise
-            exchange, attempts = await self._policy.run_again(
-                failure, lambda: self._attempt(body, read, tokens, again=True)
-            )
-            exchange = exchange._replace(attempts=attempts)
+            exchange, attempts = await self._policy.run_again(failure, lambda: attempt(again=True))
+            exchange = exchange._replace(attempts=attempts, usage=exchange.usage + wasted)
         self._budget.earn()
         self._failures_in_a_row = 0
         return exchange
@@ -329,7 +358,7 @@ class OpenAIBackend:
             used = reading.usage.prompt_tokens + reading.usage.completion_tokens
             if used:
                 gate.charge(used - tokens)
-        return Exchange(reading, 1, latency)
+        return Exchange(reading, 1, latency, reading.usage)
 
     def _note_failure(self, failure: RequestFailed) -> None:
         """Count a call that failed for good; raise when nothing gets through any more."""
@@ -387,25 +416,10 @@ def open_engine(options: EngineOptions, path: str) -> OpenAIBackend:
 
 
 def _tokenizer(extra: EndpointExtra) -> ChatTokenizer | None:
-    """Return the tokenizer that cuts long questions, if one is named.
-
-    Raises:
-        BackendError: it cannot be loaded.
-    """
+    """Return the tokenizer that cuts long questions, if one is named."""
     if extra.tokenizer is None:
         return None
-    # Seconds of imports, for those who ask for it.
-    from transformers import AutoTokenizer
-
-    from feedback.backends.chat import ChatTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(extra.tokenizer)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise BackendError(f"cannot load the tokenizer {extra.tokenizer!r}: {first}") from error
-    arguments = (extra.body or {}).get("chat_template_kwargs")
-    return ChatTokenizer(tokenizer, template_arguments=arguments)
+    return load_tokenizer(extra.tokenizer, (extra.body or {}).get("chat_template_kwargs"))
 
 
 def _secrets(
@@ -417,12 +431,3 @@ def _secrets(
     if url.password:
         yield url.password
         yield f"{url.username}:{url.password}"
-
-
-def _total(usages: Iterable[Usage]) -> Usage:
-    parts = list(usages)
-    return Usage(
-        prompt_tokens=sum(part.prompt_tokens for part in parts),
-        cached_tokens=sum(part.cached_tokens for part in parts),
-        completion_tokens=sum(part.completion_tokens for part in parts),
-    )

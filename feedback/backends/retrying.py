@@ -15,6 +15,8 @@ from typing import Generic, Literal, NamedTuple, TypeVar
 
 import tenacity
 
+from feedback.records import Usage
+
 __all__ = [
     "Attempted",
     "RequestFailed",
@@ -26,6 +28,7 @@ __all__ = [
 
 Kind = Literal["throttled", "overloaded", "server", "network", "timeout", "invalid", "refused"]
 _DECREASING: frozenset[Kind] = frozenset({"throttled", "overloaded", "timeout"})
+_NO_USAGE = Usage()
 Result = TypeVar("Result")
 
 
@@ -38,6 +41,7 @@ class RequestFailed(Exception):
         status: HTTP status, where there was one.
         retry_after: seconds that the server asked to wait.
         fatal: the next call would fail in the same way (wrong key, unknown model, no credit).
+        usage: tokens that were billed all the same: of a reply that arrived and cannot be used.
     """
 
     def __init__(
@@ -48,18 +52,22 @@ class RequestFailed(Exception):
         status: int | None = None,
         retry_after: float | None = None,
         fatal: bool = False,
+        usage: Usage = _NO_USAGE,
     ):
         super().__init__(message)
         self.kind = kind
         self.status = status
         self.retry_after = retry_after
         self.fatal = fatal
+        self.usage = usage
         self.attempts = 1
+        self.unaffordable = False
+        """Another attempt might exceed a spending limit."""
 
     @property
     def transient(self) -> bool:
         """Whether the same request may succeed later."""
-        return self.kind != "refused"
+        return self.kind != "refused" and not self.unaffordable
 
     @property
     def congestion(self) -> bool:
