@@ -60,7 +60,7 @@ from feedback.questions import (
 )
 from feedback.ranking import criterion_of
 from feedback.records import Candidates, Verdict
-from feedback.run_folder import claim_folder, make_way, started
+from feedback.run_folder import check_not_all_failed, claim_folder, make_way, started
 from feedback.shards import read_rows
 from feedback.templates import Template, describe, load_criteria, load_template, render
 from feedback.verdict_index import VerdictIndex
@@ -82,7 +82,8 @@ def run(options: JudgeOptions) -> None:
 
     Raises:
         InputError: candidates, template or options are wrong; nothing has been sent.
-        BackendError: the engine cannot give what the template needs, or is gone.
+        BackendError: the engine cannot give what the template needs, or is gone; or every call
+            failed.
         BudgetExceeded: a limit was reached; what is done is on disk, and the run can be continued.
     """
     members = members_of(options)
@@ -286,6 +287,7 @@ def _finish(
             say(line)
     run.finish(info)
     _say_outcome(run, work)
+    check_not_all_failed(options.out)
 
 
 def _run_record(options: JudgeOptions, passes: Sequence[_Pass], judge: Judge) -> dict[str, Any]:

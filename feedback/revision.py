@@ -28,7 +28,7 @@ from feedback.progress import ProgressBar, say
 from feedback.provenance import sampling_record
 from feedback.records import Candidates
 from feedback.reviser import Reviser, RevisionPlan
-from feedback.run_folder import claim_folder, started
+from feedback.run_folder import check_not_all_failed, claim_folder, started
 from feedback.shards import ShardWriter, write_text
 from feedback.verdict_index import FAILED, SeenIds
 
@@ -81,7 +81,7 @@ def run(options: ReviseOptions) -> None:
     Raises:
         InputError: the candidates are wrong; nothing has been sampled.
         TemplateError: the constitution has no principle that criticises and revises.
-        BackendError: the model cannot be loaded.
+        BackendError: the model cannot be loaded, or every call failed.
     """
     constitution = load_constitution(options.constitution)
     principles = constitution.having("critique", "revise")
@@ -118,6 +118,7 @@ def run(options: ReviseOptions) -> None:
             count=lambda row: f"{len(row.completions)} completions",
         )
     _say_outcome(options, reviser, total)
+    check_not_all_failed(options.out)
 
 
 def _plan(options: ReviseOptions) -> RevisionPlan:

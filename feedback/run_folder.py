@@ -14,12 +14,12 @@ from typing import Any, Literal
 
 import filelock
 
-from feedback.errors import ShardError
+from feedback.errors import BackendError, ShardError
 from feedback.progress import say
-from feedback.shards import write_json
-from feedback.verdict_index import RUN_RECORD
+from feedback.shards import read_manifest, write_json
+from feedback.verdict_index import FAILED, RUN_RECORD
 
-__all__ = ["OnChange", "claim_folder", "make_way", "started"]
+__all__ = ["OnChange", "check_not_all_failed", "claim_folder", "make_way", "started"]
 
 OnChange = Literal["refuse", "set-aside", "replace"]
 
@@ -39,6 +39,27 @@ def claim_folder(folder: Path, record: dict[str, Any]) -> None:
         )
     if not (folder / RUN_RECORD).is_file():
         write_json(folder / RUN_RECORD, _plain(record))
+
+
+def check_not_all_failed(folder: Path) -> None:
+    """Raise if a finished folder holds failures and nothing else.
+
+    The folder stays as it is: the same command asks again.
+
+    Raises:
+        BackendError: names the last failure.
+    """
+    manifest = read_manifest(folder)
+    if manifest["rows"] or not manifest["failed"]:
+        return
+    path, last = folder / FAILED, ""
+    if path.is_file():
+        *_, line = path.read_text(encoding="utf-8").splitlines()
+        last = f"; the last one: {json.loads(line)['error']} (all: {path})"
+    raise BackendError(
+        f"everything that was asked failed, {manifest['failed']} of {manifest['failed']}{last}. "
+        "Mend the cause and run the same command again"
+    )
 
 
 def started(folder: Path) -> str:

@@ -22,7 +22,7 @@ from feedback.errors import RecipeError
 from feedback.inputs import read_prompts
 from feedback.progress import say
 from feedback.records import Candidates, Prompt
-from feedback.run_folder import OnChange, claim_folder, make_way, started
+from feedback.run_folder import OnChange, check_not_all_failed, claim_folder, make_way, started
 from feedback.sampling_run import SamplingRun, Stage
 from feedback.shards import file_sha256, shard_paths
 from feedback.templates import prompts_folder
@@ -92,7 +92,7 @@ def run(options: SampleOptions) -> None:
 
     Raises:
         InputError: the prompts are wrong; nothing has been sampled.
-        BackendError: a policy cannot be loaded.
+        BackendError: a policy cannot be loaded, or nothing could be sampled.
     """
     source = prompt_source(options.prompts)
     total = sum(1 for _ in _prompts(source, options.limit))
@@ -130,6 +130,7 @@ def run(options: SampleOptions) -> None:
     finally:
         sampling.close()
     _say_outcome(sampling, total)
+    check_not_all_failed(options.out)
 
 
 def _prompts(source: Path, limit: int | None) -> Iterator[Prompt]:

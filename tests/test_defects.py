@@ -21,7 +21,7 @@ from feedback import labeling
 from feedback.backends import JudgeCall
 from feedback.backends.openai import OpenAIBackend
 from feedback.config import EngineOptions
-from feedback.errors import InputError
+from feedback.errors import BackendError, InputError
 from feedback.judge_options import JudgeOptions
 from feedback.pairing import PairOptions
 from feedback.pairing import run as pair
@@ -152,8 +152,11 @@ def test_where_every_call_failed_there_is_an_error_and_no_row(
 ) -> None:
     """llm-comparator divides by zero there."""
     engine["judge"] = Scripted("judge", fail=lambda call: True)
-    with pytest.raises(InputError, match="no comparison holds a label"):
+    with pytest.raises(BackendError, match="everything that was asked failed, 4 of 4"):
         label(tmp_path, {"p": [1, 2], "q": [2, 1]})
+    source = {"verdicts": tmp_path / "verdicts", "candidates": tmp_path / "candidates.jsonl"}
+    with pytest.raises(InputError, match="no comparison holds a label"):
+        pair(PairOptions(**source, out=tmp_path))
     assert not list(read_rows(tmp_path / "preferences", Preference))
     figures = dict(card_of_folder(tmp_path / "verdicts").figures())
     assert figures  # a card of failures, not a crash

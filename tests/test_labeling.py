@@ -20,7 +20,7 @@ from feedback import labeling
 from feedback.backends import JudgeCall, JudgeReply
 from feedback.budget import find_price
 from feedback.config import EngineOptions
-from feedback.errors import BudgetExceeded, InputError, RecipeError, ShardError
+from feedback.errors import BackendError, BudgetExceeded, InputError, RecipeError, ShardError
 from feedback.labeling import JudgeOptions
 from feedback.records import Usage, Verdict, decode
 from feedback.shards import ShardWriter, read_jsonl, read_rows, shard_paths
@@ -124,6 +124,25 @@ def test_a_failure_that_repeats_stands_there_once(
         labeling.run(options(tmp_path))
     assert len(failed(tmp_path)) == 5
     assert {row.error for row in failed(tmp_path)} == {"scripted failure"}
+
+
+def test_where_every_call_failed_the_run_fails_and_can_be_repeated(
+    tmp_path: Path, engines: dict[str, Scripted]
+) -> None:
+    engines["judge"].fail = lambda call: True
+    words = r"30 of 30; the last one: scripted failure \(all: .*failed.jsonl\)"
+    for _ in range(2):
+        with pytest.raises(BackendError, match=words) as caught:
+            labeling.run(options(tmp_path))
+        assert caught.value.exit_code != 0
+    assert (len(final(tmp_path)), len(failed(tmp_path))) == (0, 30)
+    engines["judge"].fail = lambda call: Scripted.values(call) != [1.0, 3.0]
+    labeling.run(options(tmp_path))
+    assert len(final(tmp_path)) == 5
+    # What is left fails again, every call of it: the folder holds verdicts all the same.
+    engines["judge"].fail = lambda call: True
+    labeling.run(options(tmp_path))
+    assert (len(final(tmp_path)), len(failed(tmp_path))) == (5, 25)
 
 
 def test_final_outcomes_are_not_asked_again(tmp_path: Path, engines: dict[str, Scripted]) -> None:
@@ -253,7 +272,8 @@ def test_the_cache_keeps_no_failure_and_tells_judges_apart(
     tmp_path: Path, engines: dict[str, Scripted]
 ) -> None:
     engines["judge"].fail = lambda call: True
-    labeling.run(options(tmp_path, backend="openai"))
+    with pytest.raises(BackendError, match="everything that was asked failed, 30 of 30"):
+        labeling.run(options(tmp_path, backend="openai"))
     engines["judge"] = healed = Scripted("judge")
     labeling.run(options(tmp_path, backend="openai"))
     assert len(healed.calls) == 30

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -14,7 +15,7 @@ from scripted import Scripted, manifest_of, write_candidates
 from feedback import labeling
 from feedback.comparing import comparisons
 from feedback.config import EngineOptions
-from feedback.errors import BudgetExceeded, RecipeError, ShardError, TemplateError
+from feedback.errors import BackendError, BudgetExceeded, RecipeError, ShardError, TemplateError
 from feedback.judge_options import JudgeOptions
 from feedback.pairing import PairOptions
 from feedback.pairing import run as pair
@@ -232,7 +233,9 @@ def test_cascade_asks_the_strong_judge_only_where_the_first_is_unsure(tmp_path, 
 def test_what_counts_as_unsure(tmp_path, judges, fields, escalated):
     judges["cheap"] = Scripted("cheap", **fields)
     judges["strong"] = Scripted("strong")
-    judge(tmp_path, {"p": [0.0, 3.0, 6.0]}, cascade=CascadeOptions(engine=engine("strong")))
+    failing = "fail" in fields
+    with pytest.raises(BackendError, match="6 of 6") if failing else contextlib.nullcontext():
+        judge(tmp_path, {"p": [0.0, 3.0, 6.0]}, cascade=CascadeOptions(engine=engine("strong")))
     assert len(judges["strong"].calls) == 2 * escalated
 
 

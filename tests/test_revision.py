@@ -12,7 +12,7 @@ from feedback import revision
 from feedback.backends import SampleCall, SampleReply
 from feedback.config import EngineOptions
 from feedback.constitution import load_constitution
-from feedback.errors import RecipeError, ShardError
+from feedback.errors import BackendError, RecipeError, ShardError
 from feedback.records import Candidates
 from feedback.revision import ReviseOptions
 from feedback.shards import read_rows
@@ -165,8 +165,18 @@ def test_an_engine_that_forgets_calls_is_noticed(tmp_path, reviewer):
             yield from list(super().sample(calls))[1:]
 
     reviewer.append(Forgetful())
-    assert len(revise(tmp_path)) < 2
+    with pytest.raises(BackendError, match="2 of 2; the last one: the engine gave no reply"):
+        revise(tmp_path)
+    assert len(list(read_rows(tmp_path / "revised", Candidates))) < 2
     assert "gave no reply" in (tmp_path / "revised" / "failed.jsonl").read_text()
+
+
+def test_where_every_prompt_failed_the_run_fails_and_can_be_repeated(tmp_path, reviewer):
+    reviewer.append(Reviewer(lambda call: SampleReply(call_id=call.call_id, error="HTTP 401")))
+    with pytest.raises(BackendError, match="2 of 2; the last one: HTTP 401"):
+        revise(tmp_path)
+    reviewer.append(Reviewer())
+    assert [row.prompt_id for row in revise(tmp_path)] == ["p1", "p2"]
 
 
 def test_another_seed_needs_another_folder(tmp_path, reviewer):

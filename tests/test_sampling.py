@@ -12,7 +12,7 @@ import pytest
 from feedback import sampling
 from feedback.backends import SampleCall, SampleReply
 from feedback.config import EngineOptions
-from feedback.errors import InputError, RecipeError, ShardError
+from feedback.errors import BackendError, InputError, RecipeError, ShardError
 from feedback.records import Candidates, JudgeIdentity, normalise_text
 from feedback.sampling import SampleOptions
 from feedback.shards import read_manifest, read_rows
@@ -253,6 +253,18 @@ def test_a_finished_folder_opens_no_model(
     policies.clear()
     sampling.run(options(tmp_path))
     assert (tmp_path / "candidates/candidates-00000.jsonl").read_bytes() == before
+
+
+def test_where_every_prompt_failed_the_run_fails_and_can_be_repeated(
+    tmp_path: Path, policies: dict[str, ScriptedPolicy]
+) -> None:
+    policies["a"] = ScriptedPolicy("a", lambda call, number: None)
+    for _ in range(2):
+        with pytest.raises(BackendError, match="7 of 7; the last one: HTTP 500"):
+            sampling.run(options(tmp_path))
+    policies["a"] = ScriptedPolicy("a", unique)
+    sampling.run(options(tmp_path))
+    assert len(rows_of(tmp_path / "candidates")) == 7
 
 
 def test_other_settings_are_not_mixed_into_a_folder(
