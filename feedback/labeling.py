@@ -21,22 +21,18 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from feedback.adaptive import BLOCK, PairRounds
-from feedback.backends.identity import reply_settings
 from feedback.backends.opening import open_backend
-from feedback.budget import estimate_tokens
 from feedback.comparing import prompt_comparisons
 from feedback.config import recipe_of
-from feedback.constitution import load_constitution
+from feedback.dry_run import say_dry_run
 from feedback.errors import BudgetExceeded, RecipeError
 from feedback.judge import Judge, Question
 from feedback.judge_options import JudgeOptions
 from feedback.labeling_run import LabelingRun
 from feedback.labeling_setup import (
-    LOCAL_ENGINES,
     Member,
     Work,
     all_questions,
-    candidates_sha256,
     check_judges,
     combination_of,
     make_budget,
@@ -54,15 +50,15 @@ from feedback.progress import ProgressBar, say
 from feedback.provenance import template_record
 from feedback.questions import (
     QuestionPlan,
-    expected_questions,
     questions_about,
     questions_of,
 )
 from feedback.ranking import criterion_of
 from feedback.records import Candidates, Verdict
 from feedback.run_folder import check_not_all_failed, claim_folder, make_way, started
+from feedback.run_record import run_record
 from feedback.shards import read_rows
-from feedback.templates import Template, describe, load_criteria, load_template, render
+from feedback.templates import Template, load_template
 from feedback.verdict_index import VerdictIndex
 
 __all__ = ["JudgeOptions", "Work", "answer", "make_judge", "run"]
@@ -94,7 +90,7 @@ def run(options: JudgeOptions) -> None:
         if plan not in plans[:place]
     ]
     if options.dry_run:
-        _say_dry_run(members, plans, work)
+        say_dry_run(members, plans, work)
         return
     check_judges(members)
     passes = []
@@ -227,7 +223,7 @@ def _label(options: JudgeOptions, passes: Sequence[_Pass], work: Work) -> None:
                 if cache is not None:
                     turn.callback(cache.close)
                 if run is None:
-                    record = _run_record(options, passes, judge)
+                    record = run_record(options, [row.member for row in passes], judge)
                     make_way(options.out, record, options.on_change)
                     run = LabelingRun(
                         judge,
@@ -290,61 +286,13 @@ def _finish(
     check_not_all_failed(options.out)
 
 
-def _run_record(options: JudgeOptions, passes: Sequence[_Pass], judge: Judge) -> dict[str, Any]:
-    """Return what the verdicts of a folder depend on."""
-    combination = combination_of(options)
-    record: dict[str, Any] = {
-        "judge": dataclasses.asdict(judge.identity),
-        "engine": reply_settings(options.engine),
-        "template": describe(judge.template),
-        "rubric": judge.rubric,
-        "candidates_sha256": candidates_sha256(options.candidates),
-        "orders": options.orders,
-        "pairs": options.pairs,
-        "pairs_per_prompt": options.pairs_per_prompt,
-        "repeats": options.repeats,
-        "sampling": judge.sampling(),
-        "read": options.read,
-        "min_mass": options.min_mass,
-        "max_prompt_tokens": options.max_prompt_tokens,
-        "seed": options.seed,
-    }
-    if options.constitution is not None:
-        record["constitution"] = load_constitution(options.constitution).describe()
-    if judge.criteria and judge.template.mode != "structured":
-        record["criteria"] = {entry.name: entry.weight for entry in judge.criteria}
-    if combination is not None:
-        record["combine"] = combination.record()
-        record["cascade"] = options.cascade and _cascade_record(options.cascade)
-        record["members"] = [_member_record(member) for member, _ in passes]
-    return record
-
-
-def _cascade_record(cascade: CascadeOptions) -> dict[str, Any]:
-    names = ("unsure", "inconsistent", "min_mass", "max_entropy")
-    return {name: getattr(cascade, name) for name in names}
-
-
-def _member_record(member: Member) -> dict[str, Any]:
-    options = member.options
-    template = load_template(options.template)
-    return {
-        "backend": options.engine.backend,
-        "model": options.engine.model,
-        "revision": options.engine.revision,
-        "engine": reply_settings(options.engine),
-        "template": describe(template),
-        "rubric": load_criteria(options.rubric or template.rubric).text,
-    }
-
-
 def _manifest(
     options: JudgeOptions, passes: Sequence[_Pass], judges: Sequence[Judge], work: Work
 ) -> dict[str, Any]:
     return {
         "stage": "judge",
         "started": started(options.out),
-        **_run_record(options, passes, judges[0]),
+        **run_record(options, [row.member for row in passes], judges[0]),
         "judges": [dataclasses.asdict(judge.identity) for judge in judges],
         "templates": [template_record(template) for template in _templates(judges)],
         "choices": list(judges[0].template.choices),
@@ -377,44 +325,3 @@ def _say_outcome(run: LabelingRun, work: Work) -> None:
             f"{outcomes['unparsed']} replies hold no verdict: look at their 'reply', 'mass' and "
             "'error' before using this judge with this template"
         )
-
-
-def _say_dry_run(members: Sequence[Member], plans: Sequence[QuestionPlan], work: Work) -> None:
-    """Print what the run would send, judge by judge, from the questions as rendered."""
-    for (options, number), plan in zip(members, plans, strict=True):
-        price = price_of(options)
-        batch = options.engine.backend == "batch"
-        rubric = load_criteria(options.rubric or plan.template.rubric)
-        shown = {entry.name: entry.shown for entry in rubric.criteria}
-        reply = options.reply_tokens or plan.template.max_tokens
-        calls = prompt_tokens = 0
-        cost = 0.0
-        for row in read_rows(options.candidates, Candidates):
-            for question in expected_questions(row, plan):
-                messages = render(
-                    plan.template,
-                    prompt=question.prompt,
-                    completions=question.completions,
-                    rubric=shown.get(question.criterion or "", rubric.text),
-                    principle=question.principle or "",
-                    gold=question.gold or "",
-                )
-                usage = estimate_tokens(messages, reply)
-                calls += 1
-                prompt_tokens += usage.prompt_tokens
-                cost += 0.0 if price is None else price.of(usage, batch=batch)
-        most = "at most " if plan.adaptive or (options.cascade and number) else ""
-        say(
-            f"{work.prompts} prompts, {most}{calls} calls to {options.engine.model}; "
-            "nothing was sent"
-        )
-        say(
-            f"about {prompt_tokens} prompt tokens (estimated at 4 characters each) and at most "
-            f"{calls * reply} reply tokens"
-        )
-        if options.engine.backend in LOCAL_ENGINES:
-            say("price: none, the judge runs on this machine")
-        elif price is None:
-            say(f"price: unknown; add {options.engine.model!r} to the price table to see it")
-        else:
-            say(f"price: {most or 'about '}${cost:.4f} ({price.note})")

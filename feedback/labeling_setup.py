@@ -24,7 +24,7 @@ from feedback.panel import Combination
 from feedback.parsing import scale_values
 from feedback.progress import say
 from feedback.questions import QuestionPlan, expected_questions, questions_of
-from feedback.records import Candidates
+from feedback.records import Candidates, JudgeIdentity
 from feedback.shards import MANIFEST, file_sha256, manifest_sha256, read_rows
 from feedback.templates import Template, load_criteria, load_template
 
@@ -40,6 +40,7 @@ __all__ = [
     "make_judge",
     "members_of",
     "open_cache",
+    "plain_judge",
     "price_of",
     "question_plan",
     "survey",
@@ -248,9 +249,29 @@ def make_judge(
         RecipeError: there is a limit on the question's length, and no tokenizer.
     """
     check_tokenizer(options)
+    judge = plain_judge(options, template, backend.identity, member=member)
+    found = backend.prepare(template.choices if judge.reads_choices else ())
+    if found.note:
+        say(f"{options.engine.model}: {found.note}")
+    if template.mode == "structured" and not found.structured_output:
+        say(
+            f"{options.engine.model}: replies cannot be held to a JSON schema there; those that do "
+            "not follow it are unparsed"
+        )
+    return dataclasses.replace(judge, budget=_length_budget(options, judge, backend))
+
+
+def plain_judge(
+    options: JudgeOptions,
+    template: Template,
+    identity: JudgeIdentity,
+    *,
+    member: int | None = None,
+) -> Judge:
+    """Return the judge that the options describe, before its engine was opened."""
     rubric = load_criteria(options.rubric or template.rubric)
-    judge = Judge(
-        identity=backend.identity,
+    return Judge(
+        identity=identity,
         template=template,
         rubric=rubric.text,
         criteria=rubric.criteria if template.kind == "rating" else (),
@@ -262,15 +283,6 @@ def make_judge(
         max_prompt_tokens=options.max_prompt_tokens,
         use_logprobs=options.read == "auto",
     )
-    found = backend.prepare(template.choices if judge.reads_choices else ())
-    if found.note:
-        say(f"{options.engine.model}: {found.note}")
-    if template.mode == "structured" and not found.structured_output:
-        say(
-            f"{options.engine.model}: replies cannot be held to a JSON schema there; those that do "
-            "not follow it are unparsed"
-        )
-    return dataclasses.replace(judge, budget=_length_budget(options, judge, backend))
 
 
 def _length_budget(options: JudgeOptions, judge: Judge, backend: Backend) -> LengthBudget | None:

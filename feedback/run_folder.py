@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +20,30 @@ from feedback.progress import say
 from feedback.shards import read_manifest, write_json
 from feedback.verdict_index import FAILED, RUN_RECORD
 
-__all__ = ["OnChange", "check_not_all_failed", "claim_folder", "make_way", "started"]
+__all__ = [
+    "OnChange",
+    "changed_setting",
+    "check_not_all_failed",
+    "claim_folder",
+    "make_way",
+    "started",
+]
 
 OnChange = Literal["refuse", "set-aside", "replace"]
+
+
+def changed_setting(
+    folder: Path, record: dict[str, Any], *, leave_out: Sequence[str] = ()
+) -> str | None:
+    """Return the first key that differs from the folder's record, with both values, or None."""
+    path = folder / RUN_RECORD
+    if not path.is_file():
+        return None
+    before, now = json.loads(path.read_text(encoding="utf-8")), _plain(record)
+    for key in sorted((set(now) | set(before)) - set(leave_out)):
+        if now.get(key) != before.get(key):
+            return f"{key} ({before.get(key)!r}, now {now.get(key)!r})"
+    return None
 
 
 def claim_folder(folder: Path, record: dict[str, Any]) -> None:
@@ -30,7 +52,7 @@ def claim_folder(folder: Path, record: dict[str, Any]) -> None:
     Raises:
         ShardError: the folder was begun with other settings; names the first that differs.
     """
-    changed = _changed(folder, record)
+    changed = changed_setting(folder, record)
     if changed is not None:
         raise ShardError(
             f"was begun with another {changed}; give another --out, or say --on-change set-aside "
@@ -74,7 +96,7 @@ def make_way(folder: Path, record: dict[str, Any], on_change: OnChange) -> None:
     Raises:
         ShardError: another run is writing the folder.
     """
-    changed = _changed(folder, record)
+    changed = changed_setting(folder, record)
     if on_change == "refuse" or changed is None:
         return
     name = changed.split(" (")[0]
@@ -103,15 +125,3 @@ def _plain(record: dict[str, Any]) -> dict[str, Any]:
     """Return the record as it reads back from JSON."""
     plain: dict[str, Any] = json.loads(json.dumps(record))
     return plain
-
-
-def _changed(folder: Path, record: dict[str, Any]) -> str | None:
-    """Return the first key that differs from the folder's record, with both values, or None."""
-    path = folder / RUN_RECORD
-    if not path.is_file():
-        return None
-    before, now = json.loads(path.read_text(encoding="utf-8")), _plain(record)
-    for key in sorted(set(now) | set(before)):
-        if now.get(key) != before.get(key):
-            return f"{key} ({before.get(key)!r}, now {now.get(key)!r})"
-    return None

@@ -18,6 +18,7 @@ from scripted import Scripted, manifest_of, write_candidates
 
 from feedback import labeling
 from feedback.backends import JudgeCall, JudgeReply
+from feedback.backends.identity import identity_of
 from feedback.budget import find_price
 from feedback.config import EngineOptions
 from feedback.errors import BackendError, BudgetExceeded, InputError, RecipeError, ShardError
@@ -388,6 +389,36 @@ def test_a_dry_run_prints_and_sends_nothing(
     assert "(price as of 2026-01-31, the invoice)" in capsys.readouterr().out
     assert engines["judge"].calls == []
     assert not (tmp_path / "verdicts").exists()
+
+
+def test_a_dry_run_counts_what_is_still_to_be_asked(
+    tmp_path: Path, engines: dict[str, Scripted], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(**fields: Any) -> str:
+        capsys.readouterr()
+        labeling.run(options(tmp_path, dry_run=True, **fields))
+        return capsys.readouterr().out
+
+    engines["judge"].fail = lambda call: Scripted.values(call) == [1.0, 3.0]
+    with pytest.raises(BudgetExceeded):
+        labeling.run(options(tmp_path, max_calls=12))
+    before = contents(tmp_path / "verdicts")
+    assert "20 calls to judge (10 verdicts are on disk already); nothing was sent" in said()
+    assert "20 reply tokens" in said()
+    other = said(seed=5)
+    assert "30 calls to judge; nothing was sent" in other
+    assert "begun with another seed (0, now 5); the run would be refused" in other
+    assert "would be refused" not in said(seed=5, on_change="set-aside")
+    assert contents(tmp_path / "verdicts") == before
+    engines["judge"].fail = lambda call: False
+    engines["judge"].mass = 0.01
+    labeling.run(options(tmp_path))
+    assert "0 calls to judge (30 verdicts are on disk already)" in said()
+    fields: dict[str, Any] = {"backend": "openai", "cache": "none", "out": tmp_path / "paid"}
+    engines["judge"].identity = identity_of(EngineOptions(model="judge", backend="openai"))
+    labeling.run(options(tmp_path, **fields))
+    assert "0 calls to judge (30" in said(**fields)
+    assert "30 calls to judge; nothing" in said(**fields, ask_again=("unparsed",))
 
 
 def test_every_shipped_price_says_when_it_was_checked_and_where() -> None:

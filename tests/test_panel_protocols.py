@@ -14,7 +14,7 @@ from test_protocols import REPLY_LABELS, engine, judge, judges, rankings  # noqa
 
 from feedback.comparing import comparisons
 from feedback.config import EngineOptions
-from feedback.errors import RecipeError, RlaifError
+from feedback.errors import BudgetExceeded, RecipeError, RlaifError
 from feedback.panel import CascadeOptions, Combination, PanelJudge, PanelOptions
 from feedback.panel_ratings import (
     is_unsure_rating,
@@ -292,3 +292,23 @@ def test_a_later_judge_is_checked_before_the_first_is_asked(
         judge(tmp_path, {"p": [1, 2, 3]}, **several, **limit)
     assert judges["cheap"].calls == []
     assert not (tmp_path / "verdicts").exists()
+
+
+def test_a_dry_run_of_several_judges_says_what_is_left_and_the_total(
+    tmp_path,
+    judges,  # noqa: F811
+    capsys,
+):
+    judges["cheap"], judges["other"] = Scripted("cheap"), Scripted("other")
+    panel = PanelOptions(judges=(PanelJudge(engine=engine("other")),))
+    with pytest.raises(BudgetExceeded):
+        judge(tmp_path, {"p": [1, 2, 3]}, panel=panel, max_calls=8)
+    capsys.readouterr()
+    judge(tmp_path, panel=panel, dry_run=True)
+    said = capsys.readouterr().out
+    assert "0 calls to cheap (6 verdicts are on disk already)" in said
+    assert "4 calls to other (2 verdicts are on disk already)" in said
+    assert "all 2 judges: 4 calls, about" in said
+    fields = {"pairs": "sort", "panel": panel, "dry_run": True, "on_change": "set-aside"}
+    judge(tmp_path, **fields)
+    assert "all 2 judges: at most 12 calls, about" in capsys.readouterr().out
