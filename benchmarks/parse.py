@@ -2,7 +2,7 @@
 
     python benchmarks/parse.py [--data ../shared/data] [--out benchmarks/results/parse.json]
 
-Counted is every row whose record holds what a check needs. Not counted, and listed apart:
+Counted is every row whose record holds what a check needs. Not counted, and listed row by row:
 
 * ``verdict stored apart``: the text is the reason or the feedback only; no reader can find the
   verdict in it without guessing. What a reader does find there is reported as it is.
@@ -169,10 +169,21 @@ def why(row: Row, text: Any) -> str:
     return "see the row"
 
 
-def summarise(data: Path) -> tuple[dict[str, float], list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return (figures, one row per source, one row per disagreement)."""
+class Summary(NamedTuple):
+    """What came of all rows."""
+
+    figures: dict[str, float]
+    sources: list[dict[str, Any]]
+    disagreements: list[dict[str, Any]]
+    left_out: dict[str, dict[str, list[str]]]
+    """Ids of the rows that were not checked, by source and reason."""
+
+
+def summarise(data: Path) -> Summary:
+    """Check all rows, and count."""
     table: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     disagreements = []
+    left_out: dict[str, dict[str, list[str]]] = {}
     with gzip.open(data / "judge_replies.jsonl.gz", "rt", encoding="utf-8") as file:
         texts = (json.loads(line)["text"] for line in file)
         for row, text in zip(read_rows(data), texts, strict=True):
@@ -180,6 +191,9 @@ def summarise(data: Path) -> tuple[dict[str, float], list[dict[str, Any]], list[
                 "agree" if row.read == row.stored else "unread" if row.read is None else "differ"
             )
             table[row.source][f"{row.checkable or 'checked'}: {verdict}"] += 1
+            if row.checkable:
+                reasons = left_out.setdefault(row.source, {})
+                reasons.setdefault(row.checkable, []).append(row.row_id)
             if verdict != "agree" and not row.checkable:
                 disagreements.append(
                     {
@@ -200,13 +214,21 @@ def summarise(data: Path) -> tuple[dict[str, float], list[dict[str, Any]], list[
         "agreement_all_rows": round(agreeing / totals.total(), 5),
         "read_otherwise": totals["checked: differ"],
         "unread": totals["checked: unread"],
+        "left_out": totals.total() - counted,
         "styles": len(set(STYLE_OF_SOURCE.values())),
+        "styles_checked": len(
+            {
+                STYLE_OF_SOURCE[source]
+                for source, counts in table.items()
+                if any(key.startswith("checked") for key in counts)
+            }
+        ),
     }
     runs = [
         {"source": source, "style": STYLE_OF_SOURCE[source], **dict(sorted(counts.items()))}
         for source, counts in sorted(table.items())
     ]
-    return figures, runs, disagreements
+    return Summary(figures, runs, disagreements, left_out)
 
 
 def main() -> None:
@@ -215,7 +237,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/parse.json"))
     options = parser.parse_args()
-    figures, runs, disagreements = summarise(options.data)
+    figures, runs, disagreements, left_out = summarise(options.data)
     reasons = collections.Counter((row["source"], row["reason"]) for row in disagreements)
     for run in runs:
         print(run)
@@ -238,6 +260,7 @@ def main() -> None:
                     for (source, reason), count in reasons.most_common()
                 ],
                 "disagreements": disagreements,
+                "left_out": left_out,
             },
         },
     )
