@@ -5,8 +5,9 @@ python benchmarks/shards_scale.py [ROWS]    (writes benchmarks/results/shards_sc
 Each phase runs in a process of its own, at a tenth of the rows and at all of them; the peak of
 resident memory is the process's own. The rows are invented, but their questions, ids and fields are
 those of a real run: 4 completions a prompt, 6 pairs, both orders. ``pair`` includes the gate, whose
-report card is computed from a sample of whole prompts of at most 50,000 verdicts; so its memory
-grows up to that size and no further, and the smaller of the two sizes lies above it.
+report card is computed from a sample of whole prompts of at most 50,000 verdicts: its share of the
+prompts is halved until that many are left. So its memory is bounded, but not constant: 49,680
+verdicts stay of the smaller size, 31,032 of the larger one, which therefore needs less.
 """
 
 from __future__ import annotations

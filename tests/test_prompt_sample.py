@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from test_gate import leave
@@ -75,6 +77,19 @@ def test_the_sample_says_what_the_whole_says(folder: Path) -> None:
             assert figure.estimate.low is not None and figure.estimate.high is not None
             assert figure.estimate.low <= value <= figure.estimate.high
             assert figure.estimate.n < full[figure.name].n
+
+
+@pytest.mark.parametrize(("prompts", "kept"), [(8_333, 49_680), (83_333, 31_032)])
+def test_a_tenth_of_the_rows_can_keep_more_of_them(prompts: int, kept: int, root: Path) -> None:
+    """The share is halved until the rest fits, which is why memory is bounded and not constant.
+
+    These are the sizes of ``benchmarks/shards_scale.py``, 12 verdicts a prompt.
+    """
+    sample = PromptSample(50_000 // 12)
+    rows: Any = (SimpleNamespace(prompt_id=f"prompt-{number}") for number in range(prompts))
+    sample.read(rows)
+    assert 12 * sum(1 for _ in sample.verdicts()) == kept
+    assert f"{kept:,}" in (root / "docs/judging.md").read_text(encoding="utf-8")
 
 
 def test_report_and_gate_say_that_they_drew(
