@@ -13,6 +13,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fault_proxy import FaultProxy
 from scripted import Scripted, manifest_of, write_candidates
@@ -22,13 +23,17 @@ from feedback.backends import JudgeCall
 from feedback.backends.openai import OpenAIBackend
 from feedback.config import EngineOptions
 from feedback.errors import BackendError, InputError
+from feedback.intervals import Resampler
 from feedback.judge_options import JudgeOptions
 from feedback.pairing import PairOptions
 from feedback.pairing import run as pair
 from feedback.parsing import parse_reply
+from feedback.position import order_consistency
 from feedback.records import JudgeIdentity, Message, Preference, Prompt, Verdict
 from feedback.report_run import card_of_folder
 from feedback.shards import ShardWriter, read_rows
+from feedback.simulation import Planted, simulate
+from feedback.slices import slice_table
 from feedback.templates import load_template, prompts_folder, render
 
 TEMPLATES = sorted(path.stem for path in (prompts_folder() / "judges").glob("*.toml"))
@@ -224,6 +229,67 @@ def test_only_declared_packages_are_imported(root: Path) -> None:
             for name in {name.partition(".")[0] for name in names} - ours:
                 owners = {owner.lower().replace("_", "-") for owner in known.get(name, [name])}
                 assert owners & declared, f"{path.name} imports {name}, which nothing declares"
+
+
+def test_every_option_that_is_read_exists(root: Path) -> None:
+    """A synth_pref script tests ``args.command``, which its parser never defines: it cannot run."""
+    trees = [
+        ast.parse(path.read_text(encoding="utf-8"))
+        for package in ("feedback", "train")
+        for path in sorted((root / package).rglob("*.py"))
+    ]
+    classes = {
+        node.name: node
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Options")
+    }
+
+    def defined(name: str) -> set[str]:
+        if name not in classes:
+            return set()
+        names = {part.name for part in classes[name].body if isinstance(part, ast.FunctionDef)}
+        names |= {
+            part.target.id
+            for part in classes[name].body
+            if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)
+        }
+        bases = [base.id for base in classes[name].bases if isinstance(base, ast.Name)]
+        return names.union(*map(defined, bases))
+
+    read = 0
+    for function in (node for tree in trees for node in ast.walk(tree)):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        kinds = {
+            argument.arg: argument.annotation.id
+            for argument in function.args.args
+            if isinstance(argument.annotation, ast.Name) and argument.annotation.id in classes
+        }
+        for node in ast.walk(function):
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and node.value.id in kinds
+            ):
+                kind = kinds[node.value.id]
+                assert node.attr in defined(kind), f"{function.name}: {kind} has no {node.attr}"
+                read += 1
+    assert read > 500
+
+
+def test_every_category_has_its_own_rows() -> None:
+    """arena-hard's loop over categories filters what the one before left: the second is empty."""
+    pairs = simulate(Planted(soft=True), prompts=24).pairs()
+    before = len(pairs)
+    for _ in range(2):
+        table = slice_table(pairs, "topic", Resampler(pairs.prompt, replicates=50))
+        assert len(table.rows) == 4
+        for value, count, consistency, *_ in table.rows:
+            alone = pairs.take(np.array([meta["topic"] == value for meta in pairs.meta]))
+            assert count == len(alone) > 0
+            assert consistency == order_consistency(alone)
+        assert sum(row[1] for row in table.rows) == before == len(pairs)
 
 
 def test_nothing_waits_for_a_person(root: Path) -> None:
