@@ -241,11 +241,22 @@ def _label(options: JudgeOptions, passes: Sequence[_Pass], work: Work) -> None:
                     budget.price = price_of(member.options)
                     budget.batch = member.options.engine.backend == "batch"
                     run.use(judge, backend, cache)
-                ask(run, bar)
+                with _closing_line(run):
+                    ask(run, bar)
             if budget.reached:
                 break
         assert run is not None
         _finish(options, passes, run, judges, work)
+
+
+@contextlib.contextmanager
+def _closing_line(run: LabelingRun) -> Iterator[None]:
+    """Say what was done where a run ends before its time, by Ctrl-C or an endpoint that is gone."""
+    try:
+        yield
+    except BaseException:
+        say(run.totals.line())
+        raise
 
 
 def _check_new(judge: Judge, judges: Sequence[Judge]) -> None:

@@ -124,6 +124,9 @@ def run(options: SampleOptions) -> None:
                 sampling.run_policy(
                     place, backend, lambda: _rows(source, options.limit), total=total
                 )
+            except BaseException:  # Ctrl-C, or an endpoint that is gone
+                _say_counts(sampling, total)
+                raise
             finally:
                 backend.close()
         sampling.finish(_manifest(options, source, total, sampling.counts))
@@ -192,11 +195,7 @@ def _manifest(
 
 def _say_outcome(sampling: SamplingRun, total: int) -> None:
     counts = sampling.counts
-    say(
-        f"{total} prompts, {counts['kept']} completions kept of {counts['drawn']} drawn in this "
-        f"run ({counts['repeated']} repeated, {counts['empty']} empty, {counts['cut off']} cut off "
-        f"by max_tokens); {sampling.rate():.0f} tokens/s"
-    )
+    _say_counts(sampling, total)
     if counts["short"]:
         say(f"{counts['short']} prompts have fewer completions than asked for")
     if counts["failed"]:
@@ -204,3 +203,12 @@ def _say_outcome(sampling: SamplingRun, total: int) -> None:
             f"{counts['failed']} prompts failed (why: {sampling.folder / 'failed.jsonl'}); run the "
             "same command again to retry only those"
         )
+
+
+def _say_counts(sampling: SamplingRun, total: int) -> None:
+    counts = sampling.counts
+    say(
+        f"{total} prompts, {counts['kept']} completions kept of {counts['drawn']} drawn in this "
+        f"run ({counts['repeated']} repeated, {counts['empty']} empty, {counts['cut off']} cut off "
+        f"by max_tokens); {sampling.rate():.0f} tokens/s"
+    )

@@ -146,19 +146,21 @@ class SamplingRun:
                     yield call
 
         start = time.perf_counter()
-        for reply in backend.sample(calls()):
-            prompt_id, number, call = owners.pop(reply.call_id)
-            entry = waiting[prompt_id]
-            entry.waiting -= 1
-            entry.drawn[number] = self._completions(call, reply, model, stage)
-            entry.error = reply.error or entry.error
-            if not entry.waiting:
-                del waiting[prompt_id]
-                if entry.error:
-                    self._errors[prompt_id] = entry.error
-                self._pass_on(place, self._merged(entry), after)
-                bar.advance()
-        self._seconds += time.perf_counter() - start
+        try:
+            for reply in backend.sample(calls()):
+                prompt_id, number, call = owners.pop(reply.call_id)
+                entry = waiting[prompt_id]
+                entry.waiting -= 1
+                entry.drawn[number] = self._completions(call, reply, model, stage)
+                entry.error = reply.error or entry.error
+                if not entry.waiting:
+                    del waiting[prompt_id]
+                    if entry.error:
+                        self._errors[prompt_id] = entry.error
+                    self._pass_on(place, self._merged(entry), after)
+                    bar.advance()
+        finally:
+            self._seconds += time.perf_counter() - start
 
     def _calls(self, row: Candidates, stage: Stage) -> list[SampleCall]:
         """Return the calls that ask for what is missing, one for each temperature."""

@@ -130,8 +130,13 @@ def package_versions(
     return versions
 
 
-def read_jsonl(path: Path, kind: type[Record]) -> Iterator[Record]:
+def read_jsonl(path: Path, kind: type[Record], *, growing: bool = False) -> Iterator[Record]:
     """Stream the records of one JSONL file, in order.
+
+    Args:
+        path: of the file.
+        kind: of its rows.
+        growing: a run may still write to it, or was killed: a torn last line is passed over.
 
     Raises:
         InputError: the file is missing, or a line is not a row of this kind; names file and line.
@@ -146,6 +151,8 @@ def read_jsonl(path: Path, kind: type[Record]) -> Iterator[Record]:
             try:
                 yield decode(line, kind)
             except ValueError as error:
+                if growing and not line.endswith(b"\n"):
+                    return
                 raise InputError(
                     f"not a {kind.__name__.lower()} row: {error}", path=path, line=number
                 ) from error
@@ -196,7 +203,10 @@ def manifest_sha256(folder: Path) -> str:
 
 
 def read_rows(source: Path | str, kind: type[Record]) -> Iterator[Record]:
-    """Stream all records of a shard folder, or of one JSONL file."""
+    """Stream all records of a shard folder, or of one JSONL file.
+
+    A folder without a manifest is one of a run at work, or killed: its whole rows are read.
+    """
     path = Path(source)
     if path.is_file() or path.suffix == ".jsonl":
         yield from read_jsonl(path, kind)
@@ -205,11 +215,13 @@ def read_rows(source: Path | str, kind: type[Record]) -> Iterator[Record]:
     found = folder_kind(path)
     if not shard_paths(path, name) and found != name:
         raise ShardError(f"holds {found}, not {name}", path=path)
-    for shard in shard_paths(path, name):
-        yield from read_jsonl(shard, kind)
+    growing = not (path / MANIFEST).is_file()
+    shards = shard_paths(path, name)
+    for shard in shards:
+        yield from read_jsonl(shard, kind, growing=growing and shard == shards[-1])
     failed = path / "failed.jsonl"
     if kind is Verdict and failed.is_file():
-        yield from read_jsonl(failed, kind)
+        yield from read_jsonl(failed, kind, growing=growing)
 
 
 class ShardWriter(Generic[Record]):

@@ -98,13 +98,19 @@ def test_ctrl_c_says_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupt(call: object) -> bool:
-        raise KeyboardInterrupt
+        if len(engine.calls) > 3:
+            raise KeyboardInterrupt
+        return False
 
-    monkeypatch.setattr(labeling, "open_backend", lambda options: Scripted("j", fail=interrupt))
-    candidates = write_candidates(tmp_path / "c.jsonl", {"p": [1.0, 2.0]})
+    engine = Scripted("j", fail=interrupt)
+    monkeypatch.setattr(labeling, "open_backend", lambda options: engine)
+    candidates = write_candidates(tmp_path / "c.jsonl", {"p": [1.0, 2.0, 3.0]})
     words = ["judge", "--candidates", str(candidates), "--out", str(tmp_path / "out")]
     assert main(words) == 130
-    assert "run the same command to continue" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "run the same command to continue" in said.err
+    assert said.out.count("3 verdicts in ") == 1
+    assert "(decided 3)" in said.out
 
 
 SECRETS = ("sk-the-key", "pass-word", "query-secret", "header-secret")

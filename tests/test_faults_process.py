@@ -182,10 +182,11 @@ def test_interrupted_from_the_keyboard(
         while not verdicts_begun(out) and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
-        code, _, stderr = finish(process)
+        code, stdout, stderr = finish(process)
         assert code != 0
         assert "Traceback" not in stderr, stderr
         kept = verdicts(out)
+        assert f"{len(kept)} verdicts in " in stdout, stdout
         assert 0 < len(kept) < len(truth)
         assert finish(start(candidates, out, proxy.base_url, cache))[0] == 0
     assert damage(truth, verdicts(out)) == Damage(0, 0, 0)

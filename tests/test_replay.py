@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import pytest
 from scripted import Scripted, write_candidates
 
 from feedback import labeling
+from feedback.backends import JudgeCall
 from feedback.backends.opening import open_backend
 from feedback.config import EngineOptions
 from feedback.errors import InputError, ShardError
 from feedback.labeling import JudgeOptions
 from feedback.records import Verdict
+from feedback.report_run import read_evidence
 from feedback.shards import read_rows
 
 VALUES = {f"p{n}": [1.0, 2.0, 3.0] for n in range(4)}
@@ -136,6 +139,40 @@ def test_one_of_several_judges_is_chosen_by_name(
     backend = open_backend(dataclasses.replace(engine, model="second"))
     assert backend.identity.model == "second"
     backend.close()
+
+
+def test_a_killed_folder_answers_with_its_whole_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last row is torn, as a kill leaves it; in a finished folder that is damage."""
+    record(tmp_path, monkeypatch, Scripted("judge"))
+    folder = tmp_path / "recorded"
+    shard = folder / "verdicts-00000.jsonl"
+    shard.write_bytes(shard.read_bytes()[:-40])
+    engine = EngineOptions(backend="replay", replay_from=str(folder))
+    with pytest.raises(InputError, match="not a verdict row"):
+        open_backend(engine)
+    with pytest.raises(InputError, match="not a verdict row"):
+        list(read_rows(folder, Verdict))
+    (folder / "manifest.json").unlink()
+    whole = shard.read_bytes().count(b"\n")
+    rows = list(read_rows(folder, Verdict))
+    assert len(rows) == whole == shard.read_bytes().count(b"verdict_id") - 1
+    assert sum(arm.outcomes.total() for arm in read_evidence([folder]).arms) == whole
+    backend = open_backend(engine)
+    (torn,) = re.findall(rb'^{"verdict_id":"(\w+)"', shard.read_bytes().splitlines()[-1])
+    calls = [
+        JudgeCall(call_id=name, messages=(), choices=("A", "B"))
+        for name in (rows[0].verdict_id, torn.decode())
+    ]
+    first, last = backend.judge(calls)
+    assert first.error is None
+    assert "is not recorded" in (last.error or "")
+    backend.close()
+    # A torn row anywhere but at the end is damage in any folder.
+    shard.write_bytes(b'{"verdict_id":"x\n' + shard.read_bytes())
+    with pytest.raises(InputError, match="jsonl:1: not a verdict row"):
+        open_backend(engine)
 
 
 def test_what_cannot_be_replayed(tmp_path: Path) -> None:

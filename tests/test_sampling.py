@@ -255,6 +255,16 @@ def test_a_finished_folder_opens_no_model(
     assert (tmp_path / "candidates/candidates-00000.jsonl").read_bytes() == before
 
 
+def test_a_run_that_is_stopped_says_what_it_did(
+    tmp_path: Path, policies: dict[str, ScriptedPolicy], capsys: pytest.CaptureFixture[str]
+) -> None:
+    policies["a"] = ScriptedPolicy("a", unique)
+    policies["a"].stop_after = 5
+    with pytest.raises(KeyboardInterrupt):
+        sampling.run(options(tmp_path))
+    assert "7 prompts, 12 completions kept of 12 drawn in this run" in capsys.readouterr().out
+
+
 def test_where_every_prompt_failed_the_run_fails_and_can_be_repeated(
     tmp_path: Path, policies: dict[str, ScriptedPolicy]
 ) -> None:

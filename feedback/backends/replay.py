@@ -19,7 +19,7 @@ from feedback.backends import Capabilities, JudgeCall, JudgeReply, SampleCall, S
 from feedback.config import EngineOptions
 from feedback.errors import InputError, ShardError
 from feedback.records import JudgeIdentity, Verdict, decode
-from feedback.shards import shard_paths
+from feedback.shards import MANIFEST, shard_paths
 from feedback.verdict_index import FAILED
 
 __all__ = ["ReplayBackend", "open_engine"]
@@ -45,6 +45,8 @@ class ReplayBackend:
     def __init__(self, folder: Path, *, model: str = ""):
         self.folder = folder
         self._paths = shard_paths(folder, "verdicts")
+        # Of a run at work, or killed: its last row may be torn.
+        self._growing = not (folder / MANIFEST).is_file()
         if (folder / FAILED).is_file():
             self._paths.append(folder / FAILED)
         self._files: dict[int, BinaryIO] = {}
@@ -76,6 +78,8 @@ class ReplayBackend:
                 try:
                     head = decoder.decode(line)
                 except msgspec.DecodeError as error:
+                    if self._growing and not line.endswith(b"\n"):
+                        break
                     raise InputError(
                         f"not a verdict row: {error}", path=path, line=line_number
                     ) from error
