@@ -393,7 +393,8 @@ def test_an_endpoints_tokenizer_cuts_what_is_too_long(vllm_server: Server, tmp_p
     )
     path.write_bytes(encode(row) + b"\n")
     engine: dict[str, Any] = {"model": vllm_server.model}
-    labeling.run(options(path, tmp_path / "whole", vllm_server.base_url, **engine))
+    with pytest.raises(BackendError, match=r"2 of 2; the last one: HTTP 400"):
+        labeling.run(options(path, tmp_path / "whole", vllm_server.base_url, **engine))
     assert [len(failures(tmp_path / "whole")), len(verdicts(tmp_path / "whole"))] == [2, 0]
     engine["extra"] = {"tokenizer": str(vllm_server.folder)}
     labeling.run(options(path, tmp_path / "cut", vllm_server.base_url, **engine))
