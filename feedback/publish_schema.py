@@ -84,12 +84,7 @@ def features(config: str, *, messages: bool) -> Any:
             "kind": string,
             "shown": List(string),
             "outcome": string,
-            "judge": {
-                "model": string,
-                "revision": string,
-                "endpoint": string,
-                "setup": string,
-            },
+            "judge": dict.fromkeys(("model", "revision", "endpoint", "setup"), string),
             "template": string,
             "template_sha256": string,
             "probs": List(real),
