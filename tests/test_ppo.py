@@ -347,6 +347,37 @@ def test_a_finished_run_is_not_run_again(
     assert "complete already" in again.line
 
 
+@pytest.mark.parametrize("changes", [{"value_model": "the policy"}, {"lora_rank": 4}])
+def test_fresh_runs_of_one_seed_are_the_same_to_the_last_bit(
+    changes: dict[str, Any], options: Callable[..., PpoOptions], tiny_model: Path
+) -> None:
+    """Weights that no file holds, a value head and adapters, come from the seed or are zeros."""
+    if "value_model" in changes:
+        changes = {"value_model": str(tiny_model)}
+    traces = []
+    for turn in range(2):
+        torch.manual_seed(100 + turn)  # as two processes, which start in states of their own
+        chosen = options(**changes, steps=2, output=options().output / str(turn))
+        ppo.train(chosen)
+        traces.append(trace(chosen.output))
+    assert traces[0] == traces[1]
+
+
+def test_a_value_model_without_a_head_starts_from_zeros(
+    options: Callable[..., PpoOptions], tiny_model: Path
+) -> None:
+    this = set_up(options(value_model=str(tiny_model)))
+    assert not this.networks.module.value_model.score.weight.any()
+    one, two = (
+        set_up(options(lora_rank=4, seed=seed)).networks.module.policy for seed in (0, 1)
+    )
+    drawn = [
+        torch.cat([p.flatten() for name, p in policy.named_parameters() if "lora_A" in name])
+        for policy in (one, two)
+    ]
+    assert not torch.equal(*drawn)  # another seed is another draw
+
+
 def test_checkpoints_of_another_run_are_refused(options: Callable[..., PpoOptions]) -> None:
     ppo.train(options(steps=1, save_every=1))
     with pytest.raises(InputError, match=r"another run \(kl_coef differ\)"):

@@ -130,7 +130,7 @@ class PpoOptions:
     """separate: a value model of its own; shared: a value head on the policy's hidden states."""
     value_model: str | None = None
     """What the separate value model starts from; None: the first reward model where its tokenizer
-    is the policy's, else the policy with a head of zeros."""
+    is the policy's, else the policy. A language model gets a new head, of zeros."""
 
     steps: int = 100
     """Rollout-and-update steps."""

@@ -30,7 +30,7 @@ from train.models import (
 )
 from train.packing import PackedBatch
 from train.ppo_config import PpoOptions
-from train.reward_model import ENSEMBLE
+from train.reward_model import ENSEMBLE, has_trained_head
 
 __all__ = ["Networks", "PolicyAndValue", "Scored", "load_networks", "reference_logprobs"]
 
@@ -166,18 +166,19 @@ def load_networks(options: PpoOptions) -> Networks:
 
 
 def _load_value_model(options: PpoOptions, tokenizer: Any) -> Any:
-    """Load the value model: what was named, the reward model, or the policy with a zero head."""
-    name = options.value_model or _matching_reward_model(options, tokenizer)
-    engine = options.engine_options(model=name, lora=False)
-    if name is not None:
-        return load_model(engine, tokenizer=tokenizer, kind="reward", name=name)
+    """Load what was named, the reward model, or the policy; a head that is new is one of zeros."""
     from transformers.utils import logging as transformers_logging
 
+    name = options.value_model or _matching_reward_model(options, tokenizer)
+    engine = options.engine_options(model=name, lora=False)
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # a head that is missing is what is wanted here
-    model = load_model(engine, tokenizer=tokenizer, kind="reward")
-    transformers_logging.set_verbosity(verbosity)
-    nn.init.zeros_(base_model(model).score.weight)
+    transformers_logging.set_verbosity_error()  # that a head is missing is no mistake here
+    try:
+        model = load_model(engine, tokenizer=tokenizer, kind="reward", name=name)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    if not has_trained_head(model):
+        nn.init.zeros_(base_model(model).score.weight)
     return model
 
 
