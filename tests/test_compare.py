@@ -306,6 +306,17 @@ def test_seeds_are_pooled_by_prompt_and_their_spread_is_shown(tmp_path: Path) ->
     assert read_outcome([one], kl=0.3).kl == 0.3
 
 
+def test_the_win_rate_where_both_orders_agree_is_a_number(tmp_path: Path) -> None:
+    """Of four meetings the orders agree on two, one won: 0.5; not known of older evaluations."""
+    folder = write_evaluation(tmp_path / "one", wins=[0.9, 0.8, 0.2, 0.9], kl=1.0)
+    assert read_outcome([folder]).win_rates["judge"].consistent_win_rate.value is None
+    lines = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    for line, agrees in zip(lines, [True, False, True, False], strict=True):
+        line["consistent"] = {"judge": agrees}
+    (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_outcome([folder]).win_rates["judge"].consistent_win_rate.value == 0.5
+
+
 def test_compare_needs_its_recipe() -> None:
     from train.compare import run
 

@@ -368,9 +368,7 @@ def test_a_value_model_without_a_head_starts_from_zeros(
 ) -> None:
     this = set_up(options(value_model=str(tiny_model)))
     assert not this.networks.module.value_model.score.weight.any()
-    one, two = (
-        set_up(options(lora_rank=4, seed=seed)).networks.module.policy for seed in (0, 1)
-    )
+    one, two = (set_up(options(lora_rank=4, seed=seed)).networks.module.policy for seed in (0, 1))
     drawn = [
         torch.cat([p.flatten() for name, p in policy.named_parameters() if "lora_A" in name])
         for policy in (one, two)
