@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from feedback.errors import BackendError, InputError, RecipeError, RlaifError
-from train import ppo, ppo_state
+from train import ppo, ppo_results, ppo_state
 from train.advantages import gae, kl_terms, masked_whiten, shape_rewards
 from train.ppo_config import GuardOptions, PpoOptions, RewardSource
 from train.ppo_setup import prompts_of_step, seeds_of_step, set_up
@@ -37,6 +37,10 @@ def length_hack(prompts: list[Any], completions: list[str]) -> list[float]:
 
 def gold_short(prompts: list[Any], completions: list[str]) -> list[float]:
     return [-len(text.encode()) / 4 for text in completions]
+
+
+def letters_too(prompts: list[Any], completions: list[str]) -> list[float]:
+    return letters(prompts, completions)
 
 
 def sometimes(prompts: list[Any], completions: list[str]) -> list[float | None]:
@@ -480,6 +484,51 @@ def test_a_length_hack_trips_the_guard_and_ends_at_the_gold_best(
 
     this.options.output.mkdir()
     assert ppo.probe(this, RunStore(this), step=0).gold == pytest.approx(best["gold"], abs=1e-6)
+
+
+def test_the_last_step_is_probed(options: Callable[..., PpoOptions]) -> None:
+    """Five steps, a probe every ten: the trained policy is looked at all the same, and kept."""
+    chosen = options(
+        steps=5, learning_rate=5e-3, kl_coef=0.0, missing_eos_penalty=None,
+        prompts_per_step=5, completions_per_prompt=6,
+        guard=GuardOptions(gold=function("letters_too"), prompt_count=2, completions=12),
+    )  # fmt: skip
+    trained = ppo.train(chosen)
+    assert probed_at(chosen.output) == [0, 5]
+    assert trained.figures["best_step"] == 5
+    bounded = options(**{**_changed(chosen), "max_kl": 1e-9, "output": chosen.output / "bounded"})
+    assert ppo.train(bounded).figures["steps"] < 5
+    assert probed_at(bounded.output) == [0, trace(bounded.output)[-1]["step"]]
+
+
+def probed_at(folder: Path) -> list[int]:
+    return [json.loads(row)["step"] for row in (folder / "guard.jsonl").read_text().splitlines()]
+
+
+def _changed(options: PpoOptions) -> dict[str, Any]:
+    return {name: value for name, value in _fields(options).items() if name != "output"}
+
+
+def test_a_gold_scorer_that_never_answers_stops_the_run_before_its_first_step(
+    options: Callable[..., PpoOptions],
+) -> None:
+    chosen = options(guard=GuardOptions(gold=function("never"), prompt_count=2))
+    with pytest.raises(BackendError, match="scored 0 of 2 prompts before the first step"):
+        ppo.train(chosen)
+
+
+def test_a_run_killed_before_its_record_is_written_finishes(
+    whole: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: Any
+) -> None:
+    folder, values = whole
+    options = PpoOptions(output=tmp_path / "out", **values)
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo_results, "write_json", crash_at(1, ppo_results.write_json))
+        with pytest.raises(Crash):
+            ppo.train(options)
+    ppo.train(options)
+    assert same_weights(options.output, folder)
+    assert not list(options.output.glob("best-*.pt"))
 
 
 def _fields(options: PpoOptions) -> dict[str, Any]:

@@ -76,7 +76,8 @@ class GuardOptions:
     gold: RewardSource = field(default_factory=RewardSource)
     """The gold scorer; kind none: no guard."""
     every: int = 10
-    """Steps between probes."""
+    """Steps between probes; the start and the last step are always probed. The run's result is the
+    best policy among those that were probed."""
     prompts: tuple[str, ...] = ()
     """Prompt files or folders for the probes; none: prompts held out of training."""
     prompt_count: int = 64

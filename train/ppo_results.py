@@ -44,8 +44,6 @@ def finish(this: Run, progress: Progress, *, seconds: float) -> Trained:
         base_model(policy).config.use_cache = True
         policy.save_pretrained(folder, safe_serialization=True)
         this.networks.tokenizer.save_pretrained(folder)
-        for path in folder.glob("best-*.pt"):
-            path.unlink()
         record = {
             "command": "ppo",
             "fingerprint": run_fingerprint(options),
@@ -59,6 +57,9 @@ def finish(this: Run, progress: Progress, *, seconds: float) -> Trained:
         }
         write_model_card(folder, record)
         write_json(folder / RECORD, record)
+        # After the record: a run that is killed before it goes back to the best policy again.
+        for path in folder.glob("best-*.pt"):
+            path.unlink()
     if options.report_to:
         this.accelerator.end_training()
     return Trained(folder, figures, line)

@@ -125,8 +125,10 @@ class RunStore:
         if not self.main:
             return
         append_metrics(self.folder / "guard.jsonl", {**found._asdict(), **means})
+        asked = len(self.this.held_out)
+        missing = "" if found.known == asked else f", {asked - found.known} of {asked} not scored"
         sys.stderr.write(
-            f"probe at step {found.step}: gold {found.gold:.3f} ({found.outcome}), "
+            f"probe at step {found.step}: gold {found.gold:.3f} ({found.outcome}{missing}), "
             f"reward {means['reward']:.3f}, KL {means['kl']:.2f}\n"
         )
 
