@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,9 @@ import pytest
 import torch
 
 from feedback.errors import BackendError, InputError, RecipeError, RlaifError
-from train import ppo, ppo_results, ppo_state
+from train import identity, ppo, ppo_results, ppo_state
 from train.advantages import gae, kl_terms, masked_whiten, shape_rewards
+from train.identity import file_identity, model_identity
 from train.ppo_config import GuardOptions, PpoOptions, RewardSource
 from train.ppo_setup import prompts_of_step, seeds_of_step, set_up
 
@@ -385,6 +387,66 @@ def test_checkpoints_of_another_run_are_refused(options: Callable[..., PpoOption
     with pytest.raises(InputError, match=r"another run \(kl_coef differ\)"):
         ppo.train(options(steps=1, save_every=1, kl_coef=0.2))
     ppo.train(options(steps=1, save_every=1, kl_coef=0.2, resume=False))
+
+
+def test_what_a_run_names_is_known_by_its_content(
+    options: Callable[..., PpoOptions], tiny_model: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Edited prompts of the same size, a changed function, other weights: another run each time."""
+    prompts, code, model = tmp_path / "some.jsonl", tmp_path / "scoring_here.py", tmp_path / "model"
+    prompts.write_text("".join(f'{{"prompt_id": "{n}", "prompt": "ask {n}"}}\n' for n in range(4)))
+    code.write_text("def score(prompts, texts):\n    return [float(len(t)) for t in texts]\n")
+    shutil.copytree(tiny_model, model)
+    monkeypatch.syspath_prepend(tmp_path)
+    chosen = options(
+        prompts=(str(prompts),), model=str(model), steps=1, save_every=1,
+        reward=RewardSource(kind="function", function="scoring_here:score"),
+    )  # fmt: skip
+    ppo.train(chosen)
+    assert "complete already" in ppo.train(chosen).line
+    text, source = prompts.read_text(), code.read_text()
+    prompts.write_text(text.replace("ask 3", "say 3"))
+    with pytest.raises(InputError, match=r"\(prompt_files differ\)"):
+        ppo.train(chosen)
+    prompts.write_text(text)
+    code.write_text(source.replace("len(t)", "-len(t)"))
+    with pytest.raises(InputError, match=r"\(reward_files differ\)"):
+        ppo.train(chosen)
+    code.write_text(source)
+    _talks_little(tiny_model, model)
+    with pytest.raises(InputError, match=r"\(policy_files differ\)"):
+        ppo.train(chosen)
+
+
+def test_a_reward_model_that_was_trained_again_is_another_one(tmp_path: Path) -> None:
+    """Also inside an ensemble; what lies beside it does not count."""
+    from safetensors.torch import save_file
+
+    for member in ("a", "b"):
+        (tmp_path / member).mkdir()
+        save_file({"score.weight": torch.ones(1, 4)}, tmp_path / member / "model.safetensors")
+    (tmp_path / "ensemble.json").write_text('{"members": ["a", "b"]}')
+    before = model_identity(str(tmp_path))
+    (tmp_path / "a" / "README.md").write_text("a card")
+    assert model_identity(str(tmp_path)) == before
+    save_file({"score.weight": torch.zeros(1, 4)}, tmp_path / "b" / "model.safetensors")
+    assert model_identity(str(tmp_path)) != before
+    assert model_identity("someone/on-the-hub") is None
+
+
+def test_large_files_are_known_by_their_size_and_pieces(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(identity, "_WHOLE", 1000)
+    monkeypatch.setattr(identity, "_PIECE", 10)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(bytes(5000))
+    before = file_identity(path)
+    for place in (0, 4999):
+        path.write_bytes(bytes(place) + b"x" + bytes(4999 - place))
+        assert file_identity(path) != before
+    path.write_bytes(bytes(5001))
+    assert file_identity(path) != before
+    path.write_bytes(bytes(5000))
+    assert file_identity(path) == before
 
 
 # --- rewards

@@ -46,7 +46,8 @@ def finish(this: Run, progress: Progress, *, seconds: float) -> Trained:
         this.networks.tokenizer.save_pretrained(folder)
         record = {
             "command": "ppo",
-            "fingerprint": run_fingerprint(options),
+            # As it was at the start: a model that was trained again meanwhile is another one.
+            "fingerprint": json.loads((folder / "run.json").read_text(encoding="utf-8")),
             "options": json.loads(json.dumps(dataclasses.asdict(options), default=str)),
             "base_model": resolve_model(options.model),
             "reward_data": _reward_data(options),
