@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -206,6 +208,41 @@ def test_how_a_minibatch_is_packed_changes_nothing(
     wanted = ppo.update(reference, again, ppo.shape(reference, again), range(4), share=1.0)
     for name, value in wanted.items():
         assert statistic[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+
+
+@pytest.mark.parametrize("changes", [{}, {"value": "shared", "lora_rank": 4}])
+def test_gradient_checkpointing_recomputes_and_changes_nothing(
+    changes: dict[str, Any], options: Callable[..., PpoOptions]
+) -> None:
+    found = []
+    for checkpointing in (False, True):
+        this = set_up(options(gradient_checkpointing=checkpointing, **changes))
+        counts = _count_recomputed(this)
+        rollout = ppo.roll_out(this, 0)
+        counts.clear()
+        statistic = ppo.update(this, rollout, ppo.shape(this, rollout), range(4), share=1.0)
+        found.append((statistic, dict(counts)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5, abs=1e-7)
+    networks = {"policy"} if changes else {"policy", "value_model"}
+    assert not found[0][1]
+    assert found[1][1].keys() == networks
+    assert all(count % 2 == 0 for count in found[1][1].values())  # both layers, row by row
+
+
+def _count_recomputed(this: Any) -> Counter[str]:
+    """Count the layers that are run under checkpointing, by network."""
+    counts: Counter[str] = Counter()
+
+    def counted(network: str, original: Callable[..., Any], *parts: Any, **more: Any) -> Any:
+        counts[network] += 1
+        return original(*parts, **more)
+
+    for name, module in this.networks.module.named_modules():
+        if getattr(module, "gradient_checkpointing", False) and hasattr(module, "self_attn"):
+            module._gradient_checkpointing_func = functools.partial(
+                counted, name.partition(".")[0], module._gradient_checkpointing_func
+            )
+    return counts
 
 
 def test_sampler_and_trainer_agree_and_stale_weights_are_caught(

@@ -154,6 +154,9 @@ def load_networks(options: PpoOptions) -> Networks:
         if options.gradient_checkpointing:
             base_model(model).gradient_checkpointing_enable({"use_reentrant": False})
             base_model(model).enable_input_require_grads()
+            # transformers recomputes in training mode only, which without dropout changes nothing
+            # else; the samplers decode in eval mode.
+            model.train()
     for model in filter(None, (policy, value_model, reference)):
         compile_layers(model, options.compile)
     return Networks(
