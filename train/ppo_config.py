@@ -223,8 +223,8 @@ class PpoOptions:
     whiten_advantages: bool = True
     """Scale advantages to mean 0 and variance 1."""
     normalise_rewards: Literal["none", "fixed", "running"] = "none"
-    """Scores to mean 0 and deviation 1: by the first rollout's moments (the starting policy's), or
-    by all rollouts so far."""
+    """Scores to mean 0 and deviation 1: by the moments of the first rollout whose scores differ and
+    those before it (the starting policy's), or of all rollouts so far."""
     reward_clip: float = 0.0
     """Normalised scores are clipped to this magnitude; 0: not."""
     missing_eos_penalty: float | None = 1.0
