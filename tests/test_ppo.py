@@ -8,6 +8,8 @@ import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -377,6 +379,72 @@ def test_a_stopped_run_saves_in_the_middle_and_resumes_to_the_same_trace(
     assert rolled == list(range(done["step"] + 1, 4))  # the saved rollout was not sampled again
     assert trace(options.output) == trace(folder)
     assert same_weights(options.output, folder)
+
+
+WORKERS = """
+import os, shutil, signal, sys
+from pathlib import Path
+from accelerate import PartialState
+from tests.test_ppo import function
+from train import ppo
+from train.ppo_config import GuardOptions, PpoOptions
+
+folder, model, prompts = map(Path, sys.argv[1:])
+guard = GuardOptions(gold=function("gold_short"), every=2, prompt_count=3)
+
+def options(name):
+    return PpoOptions(
+        prompts=(str(prompts),), output=folder / name, model=str(model), steps=2, max_tokens=6,
+        prompts_per_step=4, completions_per_prompt=2, ppo_epochs=2, learning_rate=2e-3,
+        reward=function("letters"), guard=guard, device="cpu",
+    )
+
+ppo.train(options("whole"))
+update, calls = ppo.update, iter(range(9))
+
+def interrupted(*arguments, **keywords):
+    if next(calls) == 0 and PartialState().is_main_process:  # one process is asked, both stop
+        os.kill(os.getpid(), signal.SIGTERM)
+    return update(*arguments, **keywords)
+
+ppo.update = interrupted
+try:
+    ppo.train(options("cut"))
+except KeyboardInterrupt:
+    pass
+ppo.update = update
+if PartialState().is_main_process:
+    shutil.copytree(folder / "cut", folder / "alone")
+PartialState().wait_for_everyone()
+ppo.train(options("cut"))
+"""
+
+
+def test_two_processes_stop_and_continue_together(
+    tiny_model: Path, prompts: str, tmp_path: Path, root: Path
+) -> None:
+    """Each has its part of the saved rollout; one process alone would lose the other's."""
+    script = tmp_path / "workers.py"
+    script.write_text(WORKERS)
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"),
+        *(str(script), str(tmp_path), str(tiny_model), prompts),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [row["completions"] for row in trace(tmp_path / "whole")] == [8.0, 8.0]
+    assert trace(tmp_path / "cut") == trace(tmp_path / "whole")
+    assert same_weights(tmp_path / "cut", tmp_path / "whole")
+    with pytest.raises(InputError, match="2 processes, and this one has 1"):
+        ppo.train(
+            PpoOptions(
+                prompts=(prompts,), output=tmp_path / "alone", model=str(tiny_model), steps=2,
+                max_tokens=6, prompts_per_step=4, completions_per_prompt=2, ppo_epochs=2,
+                learning_rate=2e-3, reward=function("letters"), device="cpu",
+                guard=GuardOptions(gold=function("gold_short"), every=2, prompt_count=3),
+            )
+        )  # fmt: skip
 
 
 def test_a_finished_run_is_not_run_again(
