@@ -26,6 +26,7 @@ from train.ppo_config import GuardOptions, PpoOptions, RewardSource
 from train.ppo_setup import prompts_of_step, seeds_of_step, set_up
 
 VOLATILE = ("time/", "memory/")
+CALLS: list[int] = []
 
 
 class Crash(BaseException):
@@ -52,6 +53,12 @@ def letters_too(prompts: list[Any], completions: list[str]) -> list[float]:
 def sometimes(prompts: list[Any], completions: list[str]) -> list[float | None]:
     scores = letters(prompts, completions)
     return [None if place % 3 == 0 else score for place, score in enumerate(scores)]
+
+
+def infinite_at_last(prompts: list[Any], completions: list[str]) -> list[float]:
+    """Finite in every other call."""
+    CALLS.append(len(completions))
+    return [math.inf if len(CALLS) % 2 == 0 else 1.0] * len(completions)
 
 
 def never(prompts: list[Any], completions: list[str]) -> list[float | None]:
@@ -374,8 +381,11 @@ def test_a_stopped_run_saves_in_the_middle_and_resumes_to_the_same_trace(
         rolled.append(step)
         return roll_out(this, step)
 
+    newest = max((options.output / "checkpoints").glob("step-*.pt"))
+    torch.save({**saved, "seconds": 1000.0}, newest)
     monkeypatch.setattr(ppo, "roll_out", counted)
-    ppo.train(options)
+    trained = ppo.train(options)
+    assert trained.figures["seconds"] > 1000.0  # both starts together
     assert rolled == list(range(done["step"] + 1, 4))  # the saved rollout was not sampled again
     assert trace(options.output) == trace(folder)
     assert same_weights(options.output, folder)
@@ -592,6 +602,56 @@ def test_reward_functions_that_do_not_exist(options: Callable[..., PpoOptions]) 
         ppo.train(options(reward=RewardSource(kind="function", function="nowhere:f")))
     with pytest.raises(RecipeError, match="no function 'g'"):
         ppo.train(options(reward=RewardSource(kind="function", function="tests.test_ppo:g")))
+
+
+# --- inputs that do not fit
+
+
+def test_inputs_that_no_step_could_use_are_found_before_the_first(
+    options: Callable[..., PpoOptions], tiny_model: Path, tmp_path: Path, caplog: Any
+) -> None:
+    from transformers import AutoConfig
+
+    short = tmp_path / "short"
+    shutil.copytree(tiny_model, short)
+    config = AutoConfig.from_pretrained(short)
+    config.max_position_embeddings = 20
+    config.save_pretrained(short)
+    with pytest.raises(InputError, match=r"2 of 7 prompts .* policy's context of 20 tokens"):
+        set_up(options(model=str(short)))
+    assert set_up(options(model=str(short), max_tokens=4))
+    with pytest.raises(InputError, match=r"the value model's context .*'count to ten'"):
+        set_up(options(value_model=str(short)))
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    text = json.loads((other / "tokenizer.json").read_text())
+    words = text["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    (other / "tokenizer.json").write_text(json.dumps(text))
+    with pytest.raises(InputError, match="its tokenizer gives them other ids"):
+        set_up(options(value_model=str(other)))
+    assert len(set_up(options(max_prompt_tokens=12)).prompts) < 7
+    assert "prompts: 4 of 7 are longer than max_prompt_tokens (12) and left out" in caplog.text
+
+
+def test_a_guard_that_watches_its_own_reward_is_warned_about(
+    options: Callable[..., PpoOptions], prompts: str, caplog: Any
+) -> None:
+    set_up(options(guard=GuardOptions(gold=function("gold_short"), prompt_count=2)))
+    assert not caplog.text
+    guard = GuardOptions(gold=function("letters"), prompts=(prompts,), prompt_count=5)
+    set_up(options(guard=guard))
+    assert "guard.gold is the reward itself" in caplog.text
+    assert "5 of the guard's 5 prompts are trained on too" in caplog.text
+
+
+def test_a_loss_that_is_no_number_says_what_is_saved(options: Callable[..., PpoOptions]) -> None:
+    for save_every, words in (
+        (0, r"no checkpoint was saved \(save_every is 0\)"), (1, "the last checkpoint is intact"),
+    ):  # fmt: skip
+        chosen = options(save_every=save_every, output=options().output / words[:2])
+        with pytest.raises(RlaifError, match=words):
+            ppo.train(PpoOptions(**{**_fields(chosen), "reward": function("infinite_at_last")}))
 
 
 # --- learning, and what bounds it

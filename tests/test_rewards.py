@@ -288,8 +288,40 @@ def test_a_file_that_is_no_cache_is_an_error_at_once(tmp_path: Path) -> None:
         JudgeReward(judge, backend, cache=tmp_path / "c")
 
 
-def test_a_judge_that_fails_on_some_calls_costs_those_samples_not_the_run(
+def test_prompts_that_the_reward_cannot_score_are_named_before_the_first_step(
     tiny_model: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    from test_reward_model import fresh
+    from transformers import AutoConfig
+
+    monkeypatch.setattr(
+        "train.rewards_judge.open_backend", lambda options: StubBackend(prefer_more_e)
+    )
+    source = RewardSource(kind="judge", template="pairwise")
+    options = policy_options(tiny_model, tmp_path, source)
+    assert set_up(options)
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [json.loads(line) for line in prompts.read_text().splitlines()]
+    for place in (1, 3):
+        del rows[place]["gold"]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = (
+        r"prompt_id p1 \('A table .*'\) has no gold answer .* and 1 more of 4: .*--reward.template"
+    )
+    with pytest.raises(InputError, match=words):
+        set_up(options)
+    folder = tmp_path / "reward-model"
+    fresh(tiny_model).save(folder)
+    config = AutoConfig.from_pretrained(folder)
+    config.max_position_embeddings = 30
+    config.save_pretrained(folder)
+    source = RewardSource(kind="model", models=(str(folder),))
+    with pytest.raises(InputError, match=r"1 of 4 prompts .* the reward model's context of 30"):
+        set_up(policy_options(tiny_model, tmp_path, source, value_model=str(tiny_model)))
+
+
+def test_a_judge_that_fails_on_some_calls_costs_those_samples_not_the_run(
+    tiny_model: Path, tmp_path: Path, monkeypatch: Any, caplog: Any
 ) -> None:
     def answer(text: str) -> dict[str, float] | str:
         reply = between(text, "<reply>", "</reply>")
@@ -302,6 +334,7 @@ def test_a_judge_that_fails_on_some_calls_costs_those_samples_not_the_run(
     trained = ppo.train(options)
     assert trained.figures["steps"] == 4
     assert 0 < trained.figures["failed_share"] < 1
+    assert caplog.text.count("has no report card") == 1
     rows = [json.loads(line) for line in (options.output / "metrics.jsonl").read_text().split("\n")
             if line]  # fmt: skip
     for row in rows:

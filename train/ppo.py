@@ -67,10 +67,10 @@ def train(options: PpoOptions) -> Trained:
     done = finished(options)
     if done is not None:
         return done
-    reward_gates(options)
     started = time.perf_counter()
+    gates = reward_gates(options)
     this = set_up(options)
-    store = RunStore(this)
+    store = RunStore(this, started=started)
     progress = store.restore()
     schedule = Schedule(options.schedule, steps=options.steps, warmup=options.warmup)
     with StopRequest() as stop:
@@ -126,7 +126,7 @@ def train(options: PpoOptions) -> Trained:
             store.stop_if_asked(stop, progress)
     if this.guard.best_step >= 0:
         store.load_best()
-    return finish(this, progress, seconds=time.perf_counter() - started)
+    return finish(this, progress, seconds=store.seconds(), gates=gates)
 
 
 def roll_out(this: Run, step: int) -> Rollout:
@@ -257,13 +257,19 @@ def update(
     if not all(map(math.isfinite, found)):
         raise RlaifError(
             "the loss or a gradient is not a finite number: lower the learning rate, or look for "
-            "extreme scores (normalise_rewards, reward_clip); the last checkpoint is intact"
+            f"extreme scores (normalise_rewards, reward_clip); {_what_is_saved(options)}"
         )
     names = (
         "policy_loss", "clipfrac", "approxkl", "ratio", "value_loss", "value_clipfrac",
         "policy_norm", "value_norm",
     )  # fmt: skip
     return dict(zip(names, found, strict=True))
+
+
+def _what_is_saved(options: PpoOptions) -> str:
+    if any((options.output / "checkpoints").glob("step-*.pt")):
+        return "the last checkpoint is intact"
+    return f"no checkpoint was saved (save_every is {options.save_every})"
 
 
 def _together(this: Run, last: bool) -> Any:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from feedback.errors import InputError
 from train.chat import ChatFormat
 from train.logprobs import token_logprobs
 from train.models import (
@@ -169,7 +170,11 @@ def load_networks(options: PpoOptions) -> Networks:
 
 
 def _load_value_model(options: PpoOptions, tokenizer: Any) -> Any:
-    """Load what was named, the reward model, or the policy; a head that is new is one of zeros."""
+    """Load what was named, the reward model, or the policy; a head that is new is one of zeros.
+
+    Raises:
+        InputError: what was named reads other tokens than the policy writes.
+    """
     from transformers.utils import logging as transformers_logging
 
     name = options.value_model or _matching_reward_model(options, tokenizer)
@@ -180,6 +185,12 @@ def _load_value_model(options: PpoOptions, tokenizer: Any) -> Any:
         model = load_model(engine, tokenizer=tokenizer, kind="reward", name=name)
     finally:
         transformers_logging.set_verbosity(verbosity)
+    named = options.value_model
+    if named not in (None, options.model) and not _reads_tokens_of(options, named, tokenizer):
+        raise InputError(
+            f"value_model {named!r} reads the policy's tokens, but its tokenizer gives them other "
+            "ids: name a model with the policy's tokenizer"
+        )
     if not has_trained_head(model):
         nn.init.zeros_(base_model(model).score.weight)
     return model
@@ -193,9 +204,7 @@ def _matching_reward_model(options: PpoOptions, tokenizer: Any) -> str | None:
     index = Path(name) / ENSEMBLE
     if index.is_file():
         name = str(Path(name) / json.loads(index.read_text(encoding="utf-8"))["members"][0])
-    engine = dataclasses.replace(options.engine_options(model=name), tokenizer=None)
-    other = load_tokenizer(engine).get_vocab()
-    if all(other.get(token) == number for token, number in tokenizer.get_vocab().items()):
+    if _reads_tokens_of(options, name, tokenizer):
         return name
     logger.warning(
         "reward model %s has another tokenizer than the policy: the value model starts from the "
@@ -203,6 +212,13 @@ def _matching_reward_model(options: PpoOptions, tokenizer: Any) -> str | None:
         name,
     )
     return None
+
+
+def _reads_tokens_of(options: PpoOptions, name: str | None, tokenizer: Any) -> bool:
+    """Return whether the tokenizer of the model ``name`` gives every token the policy's id."""
+    engine = dataclasses.replace(options.engine_options(model=name), tokenizer=None)
+    other = load_tokenizer(engine).get_vocab()
+    return all(other.get(token) == number for token, number in tokenizer.get_vocab().items())
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from feedback.shards import package_versions, write_json
 from train.model_card import write_model_card
 from train.models import base_model, resolve_model
 from train.ppo_config import PpoOptions
-from train.ppo_gate import reward_gates
 from train.ppo_setup import Run
 from train.ppo_state import Progress, run_fingerprint
 from train.results import Trained
@@ -32,8 +32,17 @@ def finished(options: PpoOptions) -> Trained | None:
     return Trained(options.output, record["figures"], f"{options.output} is complete already")
 
 
-def finish(this: Run, progress: Progress, *, seconds: float) -> Trained:
-    """Save policy and tokenizer, write the record, free the sampler; return what was reached."""
+def finish(
+    this: Run, progress: Progress, *, seconds: float, gates: Sequence[dict[str, Any]]
+) -> Trained:
+    """Save policy and tokenizer, write the record, free the sampler; return what was reached.
+
+    Args:
+        this: the run.
+        progress: how far it came.
+        seconds: that it took, all its starts together.
+        gates: what ``reward_gates`` said of the reward.
+    """
     options, folder = this.options, this.options.output
     this.sampler.close()
     this.accelerator.wait_for_everyone()
@@ -51,7 +60,7 @@ def finish(this: Run, progress: Progress, *, seconds: float) -> Trained:
             "options": json.loads(json.dumps(dataclasses.asdict(options), default=str)),
             "base_model": resolve_model(options.model),
             "reward_data": _reward_data(options),
-            "reward_gates": reward_gates(options),
+            "reward_gates": list(gates),
             "stopped": progress.stopped,
             "figures": figures,
             "versions": package_versions(),

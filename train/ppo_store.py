@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,17 @@ __all__ = ["RunStore"]
 
 
 class RunStore:
-    """Saves and restores one run; the first process writes."""
+    """Saves and restores one run; the first process writes.
 
-    def __init__(self, this: Run):
+    Args:
+        this: the run.
+        started: when this start of it began, by ``time.perf_counter``; None: now.
+    """
+
+    def __init__(self, this: Run, *, started: float | None = None):
         self.this = this
+        self._started = time.perf_counter() if started is None else started
+        self._seconds_before = 0.0
         self.folder: Path = this.options.output
         self.main: bool = this.accelerator.is_main_process
 
@@ -53,6 +61,7 @@ class RunStore:
         if state is None:
             return Progress()
         self._check_processes(state)
+        self._seconds_before = state["seconds"]
         this.networks.module.load_trained_state(state["weights"])
         this.policy_optimiser.inner.load_state_dict(state["policy_optimiser"])
         this.value_optimiser.inner.load_state_dict(state["value_optimiser"])
@@ -69,6 +78,10 @@ class RunStore:
             # A probe of the step in progress was written before its checkpoint.
             cut_metrics(self.folder / "guard.jsonl", step=progress.step)
         return progress
+
+    def seconds(self) -> float:
+        """Return what the run has taken, up to its newest checkpoint and since this start."""
+        return self._seconds_before + time.perf_counter() - self._started
 
     def _check_processes(self, state: dict[str, Any]) -> None:
         """Refuse a checkpoint whose parts of a rollout belong to other processes than there are."""
@@ -95,6 +108,7 @@ class RunStore:
             "normaliser": this.normaliser.state_dict(),
             "guard": this.guard.state_dict(),
             "processes": this.accelerator.num_processes,
+            "seconds": self.seconds(),
             "progress": {
                 "step": progress.step,
                 "updates": progress.updates,
