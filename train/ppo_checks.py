@@ -19,7 +19,7 @@ from train.reward_model import RewardEnsemble, RewardModel, Scorer
 from train.rewards_judge import JudgeReward, excerpt
 from train.rollout import PromptTokens
 
-__all__ = ["check_contexts", "check_scorer", "guard_doubts", "warn_too_long"]
+__all__ = ["check_contexts", "check_scorer", "guard_doubts", "reward_models", "warn_too_long"]
 
 logger = logging.getLogger(__name__)
 
@@ -71,19 +71,20 @@ def check_scorer(
     """
     if isinstance(scorer, JudgeReward) and scorer.needs_gold:
         _check_gold(prompts, option)
-    for model in _reward_models(scorer):
+    for model in reward_models(scorer):
         # By its own tokenizer; how long the completions are in it is known only once they are read.
         texts = [model.chat.prompt_text(item.prompt) for item in prompts]
         sizes = [len(ids) for ids in model.chat.prompt_ids(texts)]
         _check_room("reward model", model.model, prompts, sizes, options)
 
 
-def _reward_models(scorer: Any) -> Iterator[RewardModel]:
+def reward_models(scorer: Any) -> Iterator[RewardModel]:
+    """Yield the reward models that a scorer holds, those of ensembles one by one."""
     if isinstance(scorer, RewardModel):
         yield scorer
     elif isinstance(scorer, RewardEnsemble):
         for member in scorer.members:
-            yield from _reward_models(member)
+            yield from reward_models(member)
 
 
 def _check_gold(prompts: Sequence[PromptTokens], option: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from feedback.shards import package_versions, write_json
 from train.model_card import write_model_card
 from train.models import base_model, resolve_model
+from train.ppo_checks import reward_models
 from train.ppo_config import PpoOptions
 from train.ppo_setup import Run
 from train.ppo_state import Progress, run_fingerprint
@@ -101,7 +102,9 @@ def _figures(this: Run, progress: Progress, seconds: float) -> dict[str, Any]:
     if this.gold is not None:
         figures |= {"best_step": this.guard.best_step, "gold": _rows_gold(this)}
     figures["models_held"] = this.networks.models_held
-    figures["reward_models_held"] = len(this.options.reward.models)
+    figures["reward_models_held"] = sum(
+        len(list(reward_models(scorer))) for scorer in (this.scorer, this.gold) if scorer
+    )
     figures["prompts"] = len(this.prompts)
     figures["prompts_too_long"] = this.dropped_prompts
     return figures
