@@ -634,6 +634,16 @@ def test_inputs_that_no_step_could_use_are_found_before_the_first(
     assert "prompts: 4 of 7 are longer than max_prompt_tokens (12) and left out" in caplog.text
 
 
+def test_vllm_with_a_nucleus_is_warned_about(
+    options: Callable[..., PpoOptions], monkeypatch: Any, caplog: Any
+) -> None:
+    monkeypatch.setattr("train.vllm_sampler.VllmSampler", lambda policy, **settings: settings)
+    set_up(options(sampler="vllm"))
+    assert not caplog.text
+    set_up(options(sampler="vllm", top_p=0.5))
+    assert "within the nucleus of top_p (0.5)" in caplog.text
+
+
 def test_a_guard_that_watches_its_own_reward_is_warned_about(
     options: Callable[..., PpoOptions], prompts: str, caplog: Any
 ) -> None:

@@ -2,11 +2,11 @@
 
 A reward that is optimised hard enough stops measuring what it stood for (Gao et al., arXiv
 2210.10760). Every few steps the policy writes completions for held-out prompts, always from the
-same seeds; a gold scorer that took no part in the reward scores them. A probe is worse than the
-best one when the mean difference over the prompts lies below zero by more than ``tolerance``
-standard errors; after ``patience`` worse probes in a row the run stops, and its result is the
-policy of the best probe. A probe in which the gold scorer scored fewer than two prompts decides
-nothing, and is never the best.
+same seeds (which vLLM on a GPU does not follow); a gold scorer that took no part in the reward
+scores them. A probe is worse than the best one when the mean difference over the prompts lies below
+zero by more than ``tolerance`` standard errors; after ``patience`` worse probes in a row the run
+stops, and its result is the policy of the best probe. A probe in which the gold scorer scored fewer
+than two prompts decides nothing, and is never the best.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@
 The loop reads top to bottom in ``train``; each of its phases is one function below it. The reward
 is a reward model, an ensemble, the judge itself (direct RLAIF) or a Python function, always by
 text. A run can be stopped anywhere and continues exactly where it was: with the same seed on the
-same machine the metrics are the same to the last bit.
+same machine the metrics are the same to the last bit, unless vLLM samples on a GPU, where no two
+runs draw the same.
 
 Sources: Schulman et al., arXiv 1707.06347; Ziegler et al., arXiv 1909.08593; Huang et al., arXiv
 2403.17031.

@@ -146,11 +146,13 @@ class PpoOptions:
     temperature: float = 1.0
     """Sampling temperature; the same value divides the logits in every log-probability."""
     top_p: float = 1.0
-    """Nucleus of the sampler; below 1 the samples are not quite the policy's own."""
+    """Nucleus of the sampler; below 1 the samples are not quite the policy's own, and vllm's
+    log-probabilities are of the nucleus."""
     sampler: Literal["auto", "cached", "generate", "vllm"] = "auto"
     """cached: batched decoding with the policy itself; generate: the model's own generate, for
-    unusual caches; vllm: an engine beside the policy on the same GPU. auto: vllm on CUDA where it
-    is installed, else cached."""
+    unusual caches; vllm: an engine beside the policy on the same GPU, whose samples there do not
+    follow the seed: neither a resumed run nor the guard's probes draw the same again. auto: vllm on
+    CUDA where it is installed, else cached."""
     sampler_tokens: int = 0
     """Tokens that the cached sampler holds keys and values of at one time; 0: 262,144 on CUDA,
     65,536 on CPU."""

@@ -274,6 +274,12 @@ def _open_sampler(options: PpoOptions, networks: Networks, device: str, processe
         return CachedSampler(policy)
     if kind == "generate":
         return GenerateSampler(policy)
+    if options.top_p < 1:
+        logger.warning(
+            "vLLM gives log-probabilities within the nucleus of top_p (%g), the trainer over the "
+            "whole vocabulary: sampler/gap and the importance weights hold that difference too",
+            options.top_p,
+        )
     from train.vllm_sampler import VllmSampler
 
     return VllmSampler(
