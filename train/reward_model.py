@@ -158,9 +158,10 @@ class RewardModel:
         for group in groups:
             longest = len(group.prompt_ids) + max(map(len, group.completions))
             if limit and longest > limit:
+                words = self.chat.tokenizer.decode(group.prompt_ids, skip_special_tokens=True)
                 raise InputError(
-                    f"prompt {group.prompt_id!r} with a completion has {longest} tokens, the "
-                    f"reward model's context {limit}: shorten it or use a model with more"
+                    f"the prompt {words[-40:].strip()!r} with a completion has {longest} tokens, "
+                    f"the reward model's context {limit}: shorten it or use a model with more"
                 )
         rewards: list[Tensor] = [torch.empty(0)] * len(groups)
         sizes = [group_tokens(group) for group in groups]
