@@ -107,11 +107,22 @@ def _option_names(kind: type[Any], prefix: str = "--", *, of: type | None = None
 
 
 def _with_missing(kind: type[Any], table: dict[str, Any], recipe: str | None) -> Any:
-    """Build options from a recipe table; what it lacks stays for the command line."""
+    """Return a recipe table's options; what it lacks stays for the command line.
+
+    Nothing is checked yet: the command line may hold what makes the recipe's options work.
+    """
     import tyro
 
     values = option_values(kind, table, path=recipe)
-    return kind(**{name: tyro.MISSING for name in required_fields(kind)} | values)
+    options = object.__new__(kind)
+    for entry in dataclasses.fields(kind):
+        default = entry.default
+        if entry.default_factory is not dataclasses.MISSING:
+            default = entry.default_factory()
+        if default is dataclasses.MISSING:
+            default = tyro.MISSING
+        object.__setattr__(options, entry.name, values.get(entry.name, default))
+    return options
 
 
 def _name_first(kind: type[Any], words: list[str]) -> list[str]:
