@@ -144,7 +144,7 @@ def test_held_out_rows_are_evaluated_by_trl(tiny_model: Path, tmp_path: Path, pa
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"soft_labels": True}, "soft_labels = false"),
     ({"loss": "davidson", "ties": "use"}, "bradley-terry"),
-    ({"loss": "plackett-luce", "ties": "use"}, "bradley-terry"),
+    ({"loss": "plackett-luce", "ties": "use", "soft_labels": True}, "bradley-terry"),
     ({"label_smoothing": 0.1}, "label_smoothing"),
     ({"length_decorrelation": 1.0}, "length_decorrelation"),
     ({"activation_budget": 0.5}, "activation_budget"),

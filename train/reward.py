@@ -41,12 +41,18 @@ from train.losses import (
     weighted_mean,
 )
 from train.losses_listwise import pad_groups, plackett_luce_loss
-from train.model_card import write_model_card
+from train.model_card import write_ensemble_card, write_model_card
 from train.models import add_adapters, load_model, load_tokenizer, packed_rewards
 from train.packing import PackedBatch
 from train.results import Trained, announce, finished, fit
 from train.reward_evaluation import evaluate_reward_models
-from train.reward_model import RewardModel, merge_adapters, save_ensemble, start_reward_model
+from train.reward_model import (
+    ENSEMBLE,
+    RewardModel,
+    merge_adapters,
+    save_ensemble,
+    start_reward_model,
+)
 from train.trainer import Metrics, StepLoss
 from train.training_data import read_training_data
 
@@ -145,7 +151,7 @@ def _with_pairs(groups: list[Group], options: RewardOptions, report: DataReport)
     if options.loss == "plackett-luce":
         groups = ranked_from_labels(groups)
         soft = sum(pair.p not in (0.0, 0.5, 1.0) for group in groups for pair in group.pairs)
-        if soft and options.soft_labels:
+        if soft:
             report.warn(
                 f"plackett-luce reads the order only: {soft} probabilities are not used; loss "
                 "'bradley-terry' uses them"
@@ -175,10 +181,18 @@ def run(options: RewardOptions) -> None:
     if not PartialState().is_main_process:
         return  # one process writes what follows
     if options.members > 1:
-        names = [folder.name for folder in folders]
-        save_ensemble(options.output, names, rule=options.rule, uwo_lambda=options.uwo_lambda)
+        _combine(options, [folder.name for folder in folders])
     if not (options.resume and (options.output / REPORT).is_file()):
         _report(options, folders, groups, held_out)
+
+
+def _combine(options: RewardOptions, members: Sequence[str]) -> None:
+    """Say in the output folder how the members are combined; a report by another rule goes."""
+    index = options.output / ENSEMBLE
+    before = index.read_bytes() if index.is_file() else None
+    save_ensemble(options.output, members, rule=options.rule, uwo_lambda=options.uwo_lambda)
+    if index.read_bytes() != before:
+        (options.output / REPORT).unlink(missing_ok=True)
 
 
 def _folders(options: RewardOptions) -> list[Path]:
@@ -246,6 +260,9 @@ def _report(
     write_json(options.output / REPORT, figures)
     if options.members == 1:
         write_model_card(options.output)
+    else:
+        names = [folder.name for folder in folders]
+        write_ensemble_card(options.output, names, rule=options.rule)
     accuracy = figures["accuracy"]
     if accuracy["value"] is not None:
         interval = f"[{accuracy['low']:.3f}, {accuracy['high']:.3f}]"

@@ -45,7 +45,11 @@ def read_training_data(options: Any, tokenizer: Any, prepare: Prepare) -> Traini
             row_tokens=row_tokens_of(options),
             accept_bias=options.accept_bias,
         )
-        return prepare(groups, report), report
+        prepared = prepare(groups, report)
+        # Rankings come without pairs and may be trained on as such.
+        pairs = [pair for group in prepared for pair in group.pairs]
+        report.pairs, report.ties = len(pairs), sum(pair.tie for pair in pairs)
+        return prepared, report
 
     groups, report = read(options.data)
     groups, held_out = split_by_prompt(groups, options.eval_share, seed=options.seed)
