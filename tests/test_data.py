@@ -232,6 +232,8 @@ def test_the_split_is_by_prompt_and_steady() -> None:
     }
     with pytest.raises(InputError, match="leaves a side empty"):
         split_by_prompt(groups(2), 0.01, seed=0)
+    with pytest.raises(InputError, match=r"all 20 rows share one prompt.*give eval_data"):
+        split_by_prompt(groups(1) * 20, 0.3, seed=0)
 
 
 def real_tokenizer(folder: Path) -> Any:
@@ -374,6 +376,8 @@ def test_a_conversation_as_prompt_and_completion(tmp_path: Path, tokenizer: Any)
         ("{", "not JSON"),
         ("[1]", "not a JSON object"),
         ('{"question": "a"}', "a row needs text"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c"}', "use rlaif dpo or rlaif reward"),
+        ('{"prompt": "a", "completions": ["b"], "ranking": [[0]]}', "use rlaif rrhf"),
         ('{"text": 3}', "wrong type"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "no assistant message"),
     ],
@@ -386,6 +390,18 @@ def test_bad_rows_name_file_and_line(
     with pytest.raises(InputError, match=message) as caught:
         read_documents([path], tokenizer, max_length=50)
     assert f"{path}:2:" in str(caught.value)
+
+
+def test_a_row_without_room_for_its_completion_is_dropped(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [
+        {"prompt": "abcdefghij" * 9, "completion": "xy"},
+        {"prompt": "a", "completion": "x" * 90},
+        {"prompt": "a", "completion": "x"},
+    ]
+    groups, report = documents(tmp_path / "a.jsonl", rows, tokenizer, max_length=40)
+    assert len(groups) == 2
+    assert (report.truncated_completions, report.dropped_overlong, report.unlabelled) == (1, 1, 0)
+    assert any("1 rows dropped" in warning for warning in report.warnings)
 
 
 def test_unused_fields_are_counted(tmp_path: Path, tokenizer: Any) -> None:

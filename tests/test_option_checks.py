@@ -19,7 +19,7 @@ from train.config import (
     SftOptions,
     TrainOptions,
 )
-from train.option_checks import LIMITS
+from train.option_checks import LIMITS, LOGGERS
 
 KINDS = {"sft": SftOptions, "reward": RewardOptions, "dpo": DpoOptions, "rrhf": RrhfOptions}
 REQUIRED: dict[str, Any] = {"data": ("rows",), "output": Path("out")}
@@ -105,6 +105,23 @@ def test_every_limit_is_of_an_option_and_admits_its_default() -> None:
     options = [build(command) for command in KINDS]
     known = {entry.name for kind in options for entry in dataclasses.fields(kind)}
     assert set(LIMITS) <= known
+
+
+def test_an_unknown_logger_is_refused_by_its_nearest() -> None:
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    assert set(INTEGRATION_TO_CALLBACK) <= set(LOGGERS)
+    with pytest.raises(RecipeError, match="did you mean 'tensorboard'"):
+        build("dpo", report_to=("tensorbord",))
+
+
+def test_a_command_without_other_engines_says_so(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="rrhf has only the packed engine"):
+        parse_options(RrhfOptions, "rrhf", ["--data", "x", "--output", "y", "--engine", "trl"])
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('[rrhf]\nengine = "trl"\n')
+    with pytest.raises(RecipeError, match=r"mine.toml: rrhf has only the packed engine"):
+        parse_options(RrhfOptions, "rrhf", ["--recipe", str(recipe)])
 
 
 def test_recipe_and_command_line_are_checked_together(tmp_path: Path) -> None:

@@ -336,7 +336,8 @@ def test_another_rule_trains_nothing_again(tiny_model: Path, tmp_path: Path) -> 
 
 def test_rankings_count_as_the_pairs_they_are_trained_on(tiny_model: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rankings.jsonl", rankings(8))
-    run(options(tiny_model, tmp_path / "rm", data=(data,), **LEARN | {"max_steps": 1, "eval_share": 0.0}))
+    learn = LEARN | {"max_steps": 1, "eval_share": 0.0}
+    run(options(tiny_model, tmp_path / "rm", data=(data,), **learn))
     found = json.loads((tmp_path / "rm" / "training.json").read_text())["data_report"]
     assert found["pairs"] > 0
     card = (tmp_path / "rm" / "README.md").read_text()

@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Literal
 
 from feedback.errors import RecipeError
-from train.option_checks import DPO, REWARD, RRHF, SFT, SHARED, check_limits, refuse_inert
+from train.option_checks import (
+    DPO,
+    REWARD,
+    RRHF,
+    SFT,
+    SHARED,
+    check_limits,
+    check_loggers,
+    refuse_inert,
+)
 
 __all__ = [
     "DpoOptions",
@@ -141,6 +150,7 @@ class TrainOptions:
     def __post_init__(self) -> None:
         """Refuse values and combinations that cannot work or do nothing, naming the way out."""
         check_limits(self)
+        check_loggers(self.report_to)
         refuse_inert(self, SHARED)
         if self.eval_data and self.eval_share:
             raise RecipeError("eval_data and eval_share are both given; keep one of them")

@@ -368,6 +368,11 @@ def split_by_prompt(
         key = content_id(seed, [int(token) for token in group.prompt_ids], length=12)
         (held_out if int(key, 16) < share * 16**12 else train).append(group)
     if not train or not held_out:
+        if len({tuple(map(int, group.prompt_ids)) for group in groups}) == 1:
+            raise InputError(
+                f"eval_share {share} leaves a side empty: all {len(groups)} rows share one prompt, "
+                "so a split by prompt is impossible; give eval_data"
+            )
         raise InputError(
             f"eval_share {share} of {len(groups)} groups leaves a side empty; change it or give "
             "eval_data"

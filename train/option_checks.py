@@ -11,9 +11,20 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from feedback.errors import RecipeError
+from feedback.errors import RecipeError, nearest
 
-__all__ = ["DPO", "REWARD", "RRHF", "SFT", "SHARED", "check_limits", "refuse_inert"]
+__all__ = [
+    "DPO",
+    "LIMITS",
+    "LOGGERS",
+    "REWARD",
+    "RRHF",
+    "SFT",
+    "SHARED",
+    "check_limits",
+    "check_loggers",
+    "refuse_inert",
+]
 
 LIMITS = {
     "epochs": "(0, inf)",
@@ -56,6 +67,13 @@ LIMITS = {
     "length_penalty": "[0, inf)",
     "margin": "[0, inf)",
 }
+
+
+LOGGERS = (
+    "all", "azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte",
+    "kubeflow", "mlflow", "neptune", "none", "swanlab", "tensorboard", "trackio", "wandb",
+)  # fmt: skip
+"""What ``report_to`` may name: the loggers of transformers."""
 
 
 class Inert(NamedTuple):
@@ -173,6 +191,20 @@ def check_limits(options: Any) -> None:
             continue
         if not all(_inside(number, interval) for number in _numbers(value)):
             raise RecipeError(f"{entry.name} is {value}; it must {_in_words(interval)}")
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """Refuse loggers that transformers does not know.
+
+    Raises:
+        RecipeError: names the nearest.
+    """
+    for name in names:
+        if name not in LOGGERS:
+            raise RecipeError(
+                f"report_to: unknown logger {name!r}{nearest(name, LOGGERS)} (known: "
+                f"{', '.join(LOGGERS)})"
+            )
 
 
 def refuse_inert(options: Any, table: Sequence[Inert]) -> None:
