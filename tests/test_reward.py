@@ -311,6 +311,25 @@ def test_ensembles_train_apart_and_score_together(tiny_model: Path, tmp_path: Pa
     assert len(read_report(tmp_path / "rm")["ensemble"]["members"]) == 2
 
 
+def test_length_decorrelation_of_single_pairs_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "preferences.jsonl", preferences(12))
+    learn = LEARN | {"max_steps": 1, "eval_share": 0.0, "length_decorrelation": 1.0}
+    alone = options(tiny_model, tmp_path / "rm", data=(data,), **learn, pack=False)
+    with pytest.raises(RecipeError, match="each row holds one; raise row_tokens"):
+        run(alone)
+    run(dataclasses.replace(alone, pack=True))
+
+
+def test_eval_data_that_is_trained_on_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "preferences.jsonl", preferences(8))
+    learn = LEARN | {"max_steps": 1, "eval_share": 0.0, "eval_data": (data,)}
+    run(options(tiny_model, tmp_path / "rm", data=(data,), **learn))
+    warnings = json.loads((tmp_path / "rm" / "training.json").read_text())["data_report"][
+        "warnings"
+    ]
+    assert any("8 of 8 evaluation rows" in warning for warning in warnings)
+
+
 def test_another_rule_trains_nothing_again(tiny_model: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "preferences.jsonl", preferences(16))
     learn = LEARN | {"max_steps": 1}

@@ -24,8 +24,9 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
+from feedback.errors import RecipeError
 from feedback.shards import write_json
-from train.batches import Counts
+from train.batches import Counts, StepDataset
 from train.chat import DataReport
 from train.config import RewardOptions
 from train.data import Group, with_ranked_pairs
@@ -53,7 +54,7 @@ from train.reward_model import (
     save_ensemble,
     start_reward_model,
 )
-from train.trainer import Metrics, StepLoss
+from train.trainer import Metrics, StepLoss, packing_of
 from train.training_data import read_training_data
 
 __all__ = ["RewardObjective", "run"]
@@ -201,6 +202,21 @@ def _folders(options: RewardOptions) -> list[Path]:
     return [options.output / f"member-{number}" for number in range(options.members)]
 
 
+def _check_decorrelation(options: RewardOptions, groups: Sequence[Group]) -> None:
+    """Refuse length_decorrelation over rows of one pair: their correlation is 1 at any rewards.
+
+    Raises:
+        RecipeError: no packed row holds two pairs.
+    """
+    plan = StepDataset(groups, packing_of(options), lambda groups: {}).plan(0)
+    most = max(sum(len(groups[i].pairs) for i in row) for step in plan for row in step.rows)
+    if most < 2:
+        raise RecipeError(
+            "length_decorrelation does nothing: it compares the pairs of a packed row, and each "
+            "row holds one; raise row_tokens or batch_size, keep pack on, or leave it at 0.0"
+        )
+
+
 def _train_member(
     options: RewardOptions,
     groups: Sequence[Group],
@@ -222,6 +238,9 @@ def _train_member(
         "ties": options.ties,
         "label_smoothing": options.label_smoothing,
     }
+    labelled = label_pairs(groups, report, **labels)
+    if options.length_decorrelation:
+        _check_decorrelation(options, labelled)
     model = add_adapters(model, options, modules_to_save=("score",))
     trained = fit(
         options,
@@ -229,7 +248,7 @@ def _train_member(
         model=model,
         tokenizer=tokenizer,
         objective=RewardObjective(options),
-        groups=label_pairs(groups, report, **labels),
+        groups=labelled,
         eval_groups=label_pairs(held_out, DataReport(), **labels) if held_out else (),
         report=report,
     )

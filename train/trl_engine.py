@@ -36,7 +36,7 @@ from train.progress import LossCurve, Progress
 from train.results import announce, conclude, finished
 from train.reward_model import merge_adapters, start_reward_model
 from train.trainer import packing_of
-from train.training_data import read_training_data
+from train.training_data import read_training_data, warn_of_repeats
 
 __all__ = ["run_dpo", "run_reward", "run_sft"]
 
@@ -92,6 +92,7 @@ def run_sft(options: SftOptions) -> None:
     groups, held_out = split_by_prompt(groups, options.eval_share, seed=options.seed)
     if options.eval_data:
         held_out, _ = read_documents(options.eval_data, tokenizer, **read)
+        warn_of_repeats(groups, held_out, report)
     settings = _arguments(options)
     model = _load(options, kind="causal")
     if settings.pop("disable_dropout"):  # the one trainer of the three without this option
