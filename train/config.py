@@ -299,8 +299,9 @@ class DpoOptions(TrainOptions):
     reference_cache: Path | None = None
     """Folder of cached reference log-probabilities; None: ``reference-cache`` beside the output."""
     drift_warning: float = 0.5
-    """Warn when the chosen completions' log-probability falls by more than this many nats per
-    token below the reference; 0: never."""
+    """Warn when the chosen completions' log-probability (listwise: the best ones') falls by more
+    than this many nats per token below the reference; 0: never. simpo has no reference, and no such
+    watch."""
     engine: Literal["packed", "trl"] = "packed"
     """trl runs TRL's own DPOTrainer on the same rows (hard labels only), as a cross-check."""
 
