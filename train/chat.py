@@ -36,6 +36,8 @@ class DataReport:
     ties: int = 0
     identical: int = 0
     """Pairs dropped because both completions are equal after normalisation."""
+    cut_equal: int = 0
+    """Pairs, and rankings, dropped because the cut to max_length left completions equal."""
     unlabelled: int = 0
     """Groups dropped because no label is left in them."""
     truncated_completions: int = 0

@@ -260,9 +260,24 @@ def _fit(group: Group, max_length: int, overlong: Overlong, report: DataReport) 
         prompt = prompt[-room:]
     space = max_length - len(prompt)
     report.truncated_completions += sum(len(ids) > space for ids in group.completions)
-    return dataclasses.replace(
+    cut = dataclasses.replace(
         group, prompt_ids=prompt, completions=tuple(ids[:space] for ids in group.completions)
     )
+    return _without_equal(cut, report)
+
+
+def _without_equal(group: Group, report: DataReport) -> Group | None:
+    """Return a cut group without the labels of completions that are equal now; None: none left."""
+    texts = [np.asarray(ids).tobytes() for ids in group.completions]
+    if len(set(texts)) == len(texts):
+        return group
+    kept = [pair for pair in group.pairs if texts[pair.chosen] != texts[pair.rejected]]
+    report.cut_equal += 1 if group.ranking else len(group.pairs) - len(kept)
+    if group.ranking or not kept:
+        report.unlabelled += 1
+        return None
+    members = {member for pair in kept for member in pair[:2]}
+    return _subset(dataclasses.replace(group, pairs=tuple(kept)), sorted(members))
 
 
 def _subset(group: Group, keep: Sequence[int]) -> Group | None:
@@ -331,6 +346,11 @@ def _summarise(
     report.tokens = sum(
         len(group.prompt_ids) + sum(map(len, group.completions)) for group in groups
     )
+    if report.cut_equal:
+        report.warn(
+            f"{report.cut_equal} pairs or rankings dropped: cut to max_length {max_length}, their "
+            "completions are the same; raise it"
+        )
     named = ", ".join(map(str, sources))
     if not groups:
         raise InputError(
@@ -368,6 +388,11 @@ def split_by_prompt(
         key = content_id(seed, [int(token) for token in group.prompt_ids], length=12)
         (held_out if int(key, 16) < share * 16**12 else train).append(group)
     if not train or not held_out:
+        if len({tuple(map(int, group.prompt_ids)) for group in groups}) == 1:
+            raise InputError(
+                f"eval_share {share} leaves a side empty: all {len(groups)} rows share one prompt, "
+                "so a split by prompt is impossible; give eval_data"
+            )
         raise InputError(
             f"eval_share {share} of {len(groups)} groups leaves a side empty; change it or give "
             "eval_data"

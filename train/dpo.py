@@ -141,7 +141,10 @@ class DpoObjective:
         top = detached.masked_fill(~best, -torch.inf).amax(1)
         rest = detached.masked_fill(best | ~scores.mask, -torch.inf).amax(1)
         count = float(len(sizes))
+        first = batch.ranks == 0
+        drift = (policy.logps - batch.ref_logps).detach() / batch.lengths.clamp(min=1)
         metrics: Metrics = {
+            "logps/chosen_drift": (drift[first].sum(), first.sum()),
             "rewards/best": (detached[best].sum(), float(best.sum())),
             "rewards/accuracies": ((top > rest).sum(), count),
         }

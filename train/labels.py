@@ -51,6 +51,8 @@ def label_pairs(
             kept.append(dataclasses.replace(group, pairs=tuple(pairs)))
     if dropped:
         report.warn(f"{dropped} tied pairs left out; ties = 'use' trains on them")
+    if not kept and not dropped:
+        raise InputError("no pair to train on: no prompt has two judged completions")
     if not kept:
         raise InputError(f"no pair to train on: all {dropped} are ties; set ties to 'use'")
     return kept

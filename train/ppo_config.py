@@ -315,6 +315,6 @@ class PpoOptions:
             device=self.device,
             lora_rank=self.lora_rank if lora else 0,
             lora_alpha=self.lora_alpha if lora else 0.0,
-            lora_targets=self.lora_targets,
+            lora_targets=self.lora_targets if lora else ("all-linear",),
             seed=self.seed,
         )

@@ -37,7 +37,8 @@ from train.trainer import Objective, PackedTrainer, newest_checkpoint
 
 __all__ = ["Trained", "announce", "conclude", "finished", "fit"]
 
-# Options that change where or how fast a run goes, not what it computes.
+# Options that change where or how fast a run goes, not what it computes; and how an ensemble's
+# scores are combined, which no member's training knows of.
 _FREE = {
     "output",
     "resume",
@@ -46,6 +47,8 @@ _FREE = {
     "report_to",
     "workers",
     "peak_tflops",
+    "rule",
+    "uwo_lambda",
 }
 RECORD = "training.json"
 
