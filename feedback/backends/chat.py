@@ -7,6 +7,7 @@ defused, so that only the template itself can write them.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -39,8 +40,14 @@ class ChatTokenizer:
         self.templated = bool(tokenizer.chat_template)
         self._arguments = template_arguments or {}
         self._control = _control_pattern(tokenizer)
+        self._backend = _plain_backend(tokenizer)
         self.system_role = self.templated and self._keeps_system()
         self._labels: dict[str, int] = {}
+
+    @property
+    def threaded(self) -> bool:
+        """Whether ``ids_of`` may run in several threads at the same time."""
+        return self._backend is not None
 
     def text(self, messages: Sequence[Message], *, reply: str | None = None) -> str:
         """Return what the model reads, up to where its reply starts (or with the whole reply)."""
@@ -153,9 +160,12 @@ class ChatTokenizer:
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         # A template writes BOS itself where the model wants one.
-        rows: list[list[int]] = self.tokenizer(texts, add_special_tokens=not self.templated)[
-            "input_ids"
-        ]
+        special = not self.templated
+        if self._backend is not None:
+            found = self._backend.encode_batch_fast(texts, add_special_tokens=special)
+            rows: list[list[int]] = [encoding.ids for encoding in found]
+        else:
+            rows = self.tokenizer(texts, add_special_tokens=special)["input_ids"]
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         for place, row in enumerate(rows):
             if bos is not None and len(row) > 1 and row[0] == row[1] == bos:
@@ -179,6 +189,20 @@ class ChatTokenizer:
             return _MARKER in self._render(turns, opening=True)
         except BackendError:
             return False
+
+
+def _plain_backend(tokenizer: Any) -> Any:
+    """Return a copy of the Rust tokenizer that neither cuts nor pads; None: there is none.
+
+    Its batch encoding holds no lock of Python and changes nothing in it, so that several threads
+    may use it at the same time; calling the wrapper sets cutting and padding anew each time.
+    """
+    if not tokenizer.is_fast:
+        return None
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 def _merge_system(turns: list[Message]) -> list[Message]:

@@ -1,14 +1,15 @@
 """vLLM in this process: token ids in, the log-probabilities of the labels out.
 
-The engine's own loop is driven directly. Calls are tokenised a block ahead, in a thread beside it,
-and queued ahead of the scheduler, so that it never starves while rows are written; each reply is
-yielded as soon as its step ends, and there is no batch to wait for. Prefix caching is on: calls
+The engine's own loop is driven directly. Calls are tokenised some blocks ahead, in threads beside
+it, and queued ahead of the scheduler, so that it never starves while rows are written; each reply
+is yielded as soon as its step ends, and there is no batch to wait for. Prefix caching is on: calls
 that come one after the other with the same beginning (both orders, all pairs of a prompt) compute
 it once.
 """
 
 from __future__ import annotations
 
+import collections
 import copy
 import itertools
 import os
@@ -26,8 +27,11 @@ from feedback.records import JudgeIdentity, Usage
 
 __all__ = ["VllmBackend", "engine_settings", "open_engine"]
 
-_BLOCK = 64
-"""Calls tokenised together: enough for the tokenizer to work on all cores."""
+_BLOCK = 32
+"""Calls tokenised together, by one thread."""
+_THREADS = min(8, os.cpu_count() or 1)
+"""Blocks tokenised at the same time: a question of a thousand tokens takes one core about as long
+as a fast engine takes to judge it, and the tokenizer's own threads are off in many set-ups."""
 _FIRST_BLOCK = 8
 """The first one is small, so that the engine has work at once."""
 _TOP_LOGPROBS = 20
@@ -127,15 +131,16 @@ class VllmBackend:
         failed: Callable[[Call, str], Reply],
     ) -> Iterator[Reply]:
         queued: dict[str, _Queued] = {}
-        with ThreadPoolExecutor(1, thread_name_prefix="tokenise") as pool:
+        threads = _THREADS if self.chat.threaded else 1
+        with ThreadPoolExecutor(threads, thread_name_prefix="tokenise") as pool:
             blocks = self._blocks(iter(calls), pool)
-            block = next(blocks, None)
+            coming = collections.deque(itertools.islice(blocks, threads))
             try:
                 while True:
-                    while block is not None and self._wants(block, len(queued)):
-                        for call, problem in self._queue(block, queued, params_of):
+                    while coming and self._wants(coming[0], len(queued)):
+                        for call, problem in self._queue(coming.popleft(), queued, params_of):
                             yield failed(call, problem)
-                        block = next(blocks, None)
+                        coming.extend(itertools.islice(blocks, 1))
                     if not queued:
                         return
                     for output in self._step():
@@ -147,7 +152,7 @@ class VllmBackend:
                     self._abandon(queued)
 
     def _blocks(self, source: Iterator[Any], pool: ThreadPoolExecutor) -> Iterator[_Block]:
-        """Yield blocks of calls whose token ids are being made in the pool, one block ahead."""
+        """Yield blocks of calls whose token ids are being made in the pool."""
         size = _FIRST_BLOCK
         while calls := list(itertools.islice(source, size)):
             conversations = [call.messages for call in calls]
