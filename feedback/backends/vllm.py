@@ -9,9 +9,12 @@ it once.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
+import multiprocessing.connection
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -48,6 +51,13 @@ class _Block(NamedTuple):
     ids: Future[list[list[int]]]
 
 
+class _Errors(NamedTuple):
+    refused: tuple[type[Exception], ...]
+    """This call is wrong; others may be right."""
+    died: tuple[type[Exception], ...]
+    """The engine is gone, with all calls that it holds."""
+
+
 class VllmBackend:
     """One model in vLLM.
 
@@ -67,6 +77,9 @@ class VllmBackend:
         self.identity = identity
         self._llm = engine
         self._engine = engine.llm_engine
+        self._errors = _engine_errors()
+        self._dead = False
+        _wake_if_killed(self._engine.engine_core)
         self._adapter = adapter
         config = self._engine.vllm_config
         self.max_length: int = config.model_config.max_model_len
@@ -143,7 +156,8 @@ class VllmBackend:
                             call, since = queued.pop(output.request_id)
                             yield read(call, output, time.monotonic() - since)
             finally:
-                if queued:  # abandoned by the consumer: nothing of it may reach the next stream
+                # Abandoned by the consumer: nothing of it may reach the next stream.
+                if queued and not self._dead:
                     self._abandon(queued)
 
     def _blocks(self, source: Iterator[Any], pool: ThreadPoolExecutor) -> Iterator[_Block]:
@@ -174,9 +188,11 @@ class VllmBackend:
                     params_of(call),
                     lora_request=self._adapter,
                 )
-            except ValueError as error:
+            except self._errors.refused as error:
                 yield call, f"refused by vLLM: {error}"
                 continue
+            except self._errors.died as error:
+                raise self._death(error) from error
             queued[name] = _Queued(call, time.monotonic())
 
     def _too_long(self, call: Any, ids: list[int]) -> str | None:
@@ -190,12 +206,16 @@ class VllmBackend:
     def _step(self) -> list[Any]:
         try:
             outputs: list[Any] = self._engine.step()
-        except RuntimeError as error:  # EngineDeadError, out of memory, a failed kernel
-            raise BackendError(
-                f"vLLM stopped: {error}. What is finished is kept; lower gpu_memory or "
-                "max_model_len if it ran out of memory, and run the command again"
-            ) from error
+        except self._errors.died as error:
+            raise self._death(error) from error
         return outputs
+
+    def _death(self, error: Exception) -> BackendError:
+        self._dead = True
+        return BackendError(
+            f"vLLM stopped: {str(error).rstrip('.')}. What is finished is kept; lower gpu_memory "
+            "or max_model_len if it ran out of memory, and run the command again"
+        )
 
     def _abandon(self, queued: dict[str, _Queued]) -> None:
         self._engine.abort_request(list(queued))
@@ -291,6 +311,38 @@ class VllmBackend:
         )
 
 
+def _engine_errors() -> _Errors:
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        from vllm.exceptions import VLLMClientError, VLLMError
+    except ImportError:  # earlier versions: refusals are ValueErrors, and there is no common base
+        return _Errors((ValueError,), (EngineDeadError, RuntimeError))
+    # RuntimeError: out of memory or a failed kernel, where the engine is in this very process.
+    return _Errors((ValueError, VLLMClientError), (VLLMError, RuntimeError))
+
+
+def _wake_if_killed(core: Any) -> None:
+    """Let a step end that waits for an engine process which was killed (out of memory, say).
+
+    vLLM's monitor notes the death without waking the queue that ``step`` waits at, for ever
+    (``SyncMPClient`` of 0.32; its asynchronous client wakes its own).
+    """
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    # An engine in this process has none of these; another version may name them otherwise, and
+    # runs as well without.
+    with contextlib.suppress(AttributeError):
+        queue = core.outputs_queue
+        ends = [process.sentinel for process in core.resources.engine_manager.processes]
+
+        def wait() -> None:
+            multiprocessing.connection.wait(ends)
+            queue.put_nowait(EngineDeadError())
+
+        threading.Thread(target=wait, name="engine-end", daemon=True).start()
+
+
 def _sampling_params(**fields: Any) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -330,10 +382,11 @@ def open_engine(options: EngineOptions, path: str) -> VllmBackend:
     from vllm.lora.request import LoRARequest
 
     settings = engine_settings(options)
+    failures = (ValueError, TypeError, OSError, *_engine_errors().died)
     adapter = None if options.lora is None else LoRARequest("judge", 1, options.lora)
     try:
         engine: Any = LLM(model=path, **settings)
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except failures as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise BackendError(f"vLLM cannot load {options.model!r}: {first}") from error
     revision = local_revision(path) or options.revision
