@@ -9,12 +9,9 @@ it once.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
-import multiprocessing.connection
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 from feedback.backends import Capabilities, JudgeCall, JudgeReply, SampleCall, SampleReply
 from feedback.backends.chat import ChatTokenizer
 from feedback.backends.opening import local_revision
+from feedback.backends.vllm_faults import engine_errors, wake_if_killed
 from feedback.config import EngineOptions
 from feedback.errors import BackendError
 from feedback.records import JudgeIdentity, Usage
@@ -51,13 +49,6 @@ class _Block(NamedTuple):
     ids: Future[list[list[int]]]
 
 
-class _Errors(NamedTuple):
-    refused: tuple[type[Exception], ...]
-    """This call is wrong; others may be right."""
-    died: tuple[type[Exception], ...]
-    """The engine is gone, with all calls that it holds."""
-
-
 class VllmBackend:
     """One model in vLLM.
 
@@ -77,9 +68,9 @@ class VllmBackend:
         self.identity = identity
         self._llm = engine
         self._engine = engine.llm_engine
-        self._errors = _engine_errors()
+        self._errors = engine_errors()
         self._dead = False
-        _wake_if_killed(self._engine.engine_core)
+        wake_if_killed(self._engine.engine_core)
         self._adapter = adapter
         config = self._engine.vllm_config
         self.max_length: int = config.model_config.max_model_len
@@ -311,38 +302,6 @@ class VllmBackend:
         )
 
 
-def _engine_errors() -> _Errors:
-    from vllm.v1.engine.exceptions import EngineDeadError
-
-    try:
-        from vllm.exceptions import VLLMClientError, VLLMError
-    except ImportError:  # earlier versions: refusals are ValueErrors, and there is no common base
-        return _Errors((ValueError,), (EngineDeadError, RuntimeError))
-    # RuntimeError: out of memory or a failed kernel, where the engine is in this very process.
-    return _Errors((ValueError, VLLMClientError), (VLLMError, RuntimeError))
-
-
-def _wake_if_killed(core: Any) -> None:
-    """Let a step end that waits for an engine process which was killed (out of memory, say).
-
-    vLLM's monitor notes the death without waking the queue that ``step`` waits at, for ever
-    (``SyncMPClient`` of 0.32; its asynchronous client wakes its own).
-    """
-    from vllm.v1.engine.exceptions import EngineDeadError
-
-    # An engine in this process has none of these; another version may name them otherwise, and
-    # runs as well without.
-    with contextlib.suppress(AttributeError):
-        queue = core.outputs_queue
-        ends = [process.sentinel for process in core.resources.engine_manager.processes]
-
-        def wait() -> None:
-            multiprocessing.connection.wait(ends)
-            queue.put_nowait(EngineDeadError())
-
-        threading.Thread(target=wait, name="engine-end", daemon=True).start()
-
-
 def _sampling_params(**fields: Any) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -382,7 +341,7 @@ def open_engine(options: EngineOptions, path: str) -> VllmBackend:
     from vllm.lora.request import LoRARequest
 
     settings = engine_settings(options)
-    failures = (ValueError, TypeError, OSError, *_engine_errors().died)
+    failures: tuple[type[Exception], ...] = (ValueError, TypeError, OSError, *engine_errors().died)
     adapter = None if options.lora is None else LoRARequest("judge", 1, options.lora)
     try:
         engine: Any = LLM(model=path, **settings)
