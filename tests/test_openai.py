@@ -27,8 +27,8 @@ from feedback.records import Message
 
 
 def call(text: str = "A or B?", **fields: Any) -> JudgeCall:
-    fields = {"call_id": text, "choices": ("A", "B"), **fields}
-    return JudgeCall(messages=(Message(role="user", content=text),), **fields)
+    messages = (Message(role="user", content=text),)
+    return JudgeCall(**{"call_id": text, "choices": ("A", "B"), "messages": messages, **fields})
 
 
 def chat(
@@ -349,6 +349,7 @@ class Hosted(FaultProxy):
 
     refuses: tuple[str, ...] = ()
     logprobs = True
+    system_role = True
     says = "A"
 
     async def _upstream(self, path: str, body: bytes, method: str) -> tuple[int, bytes]:
@@ -361,6 +362,8 @@ class Hosted(FaultProxy):
                 hint = " Use 'max_completion_tokens' instead." if field == "max_tokens" else ""
                 text = f"Unsupported value: '{field}'.{hint}"
                 return 400, json.dumps({"error": {"message": text}}).encode()
+        if not self.system_role and request["messages"][0]["role"] == "system":
+            return 400, b'{"error": {"message": "System role not supported"}}'
         if not self.logprobs:
             return 200, chat(None)
         said = {self.says: -0.01, "x": -6.0}
@@ -379,6 +382,27 @@ def test_probe_learns_the_dialect() -> None:
         (reply,) = engine.judge([call()])
         assert reply.error is None
         engine.close()
+
+
+@pytest.mark.parametrize("labels", [("A",), ()])
+def test_endpoint_without_system_role_gets_the_text_in_the_users_turn(
+    labels: tuple[str, ...], proxy: FaultProxy
+) -> None:
+    turns = (Message(role="system", content="Judge."), Message(role="user", content="A or B?"))
+    with Hosted() as hosted:
+        hosted.system_role = False
+        engine = backend(hosted.base_url)
+        assert "takes no system role" in engine.prepare(labels).note
+        (judged,) = engine.judge([call(choices=labels or None, messages=turns)])
+        (sampled,) = engine.sample([SampleCall(call_id="s", messages=turns)])
+        assert (judged.error, sampled.error) == (None, None)
+        sent = [json.loads(body)["messages"] for body in hosted.answered]
+        assert [Message(role="user", content="Judge.\n\nA or B?")] in sent
+        engine.close()
+    engine = backend(proxy.base_url)
+    assert "system role" not in engine.prepare(labels).note
+    assert engine.bodies.dialect.system_role
+    engine.close()
 
 
 def test_endpoint_without_logprobs_is_refused() -> None:

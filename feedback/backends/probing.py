@@ -2,8 +2,8 @@
 
 Looked at, in this order: whether it answers and knows the model; which request fields it refuses;
 whether it returns log-probabilities, and how many alternatives; whether it returns those of any
-named token (vLLM's ``logprob_token_ids``); whether every label is one token there; whether a JSON
-schema is followed.
+named token (vLLM's ``logprob_token_ids``); whether every label is one token there; whether it takes
+system turns; whether a JSON schema is followed.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ _FEWER = {20: 10, 10: 8, 8: 5, 5: 2}
 _USER = Message(role="user", content="Which?")
 _ASK = "Which letter or word comes first in this list? Answer {labels}, nothing else."
 _SAY = "Repeat this and nothing else: {label}"
+_WITH_SYSTEM = (Message(role="system", content="Answer with one letter."), _USER)
 _NO_USAGE = Usage()
 
 
@@ -84,11 +85,13 @@ async def probe(
     prober = _Prober(transport, bodies, endpoint)
     if not labels:
         await prober.ask(_question("Say hello."))
+        await prober.check_system_role()
         return prober.found(labels, structured=await prober.follows_schema(("yes", "no")))
     ids = await prober.label_ids(labels)
     await prober.find_logprobs(labels, ids)
     if not bodies.dialect.label_ids:
         await prober.check_single_tokens(labels)
+    await prober.check_system_role()
     return prober.found(labels, structured=await prober.follows_schema(labels))
 
 
@@ -280,6 +283,21 @@ class _Prober:
             unseen.append(label)
         if unseen:
             self.notes.append(f"label tokens not confirmed: {', '.join(unseen)}")
+
+    async def check_system_role(self) -> None:
+        """Look whether a system turn is refused; what a template says in one is then merged."""
+        call = JudgeCall(call_id="probe", messages=_WITH_SYSTEM)
+        plain = self.bodies.dialect
+        try:
+            await self.ask(call)
+        except BackendError:
+            self.bodies.dialect = dataclasses.replace(plain, system_role=False)
+            try:
+                await self.ask(call)
+            except BackendError:  # something else is wrong, which each call will say for itself
+                self.bodies.dialect = plain
+            else:
+                self.notes.append("takes no system role: its text goes to the user's turn")
 
     async def follows_schema(self, labels: tuple[str, ...]) -> bool:
         """Return whether a JSON schema shapes the reply."""
