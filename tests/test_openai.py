@@ -19,6 +19,7 @@ from feedback.backends import JudgeCall, SampleCall
 from feedback.backends.chat_bodies import Bodies, Dialect
 from feedback.backends.chat_replies import error_message, read_judge, read_sample
 from feedback.backends.openai import OpenAIBackend, open_engine
+from feedback.backends.opening import open_backend
 from feedback.backends.redacting import Redactor
 from feedback.backends.retrying import RequestFailed
 from feedback.config import EngineOptions
@@ -471,6 +472,22 @@ def test_a_tokenizer_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
         backend("http://127.0.0.1:1/v1", extra={"tokenizer": str(tmp_path)})
     with pytest.raises(RecipeError, match=r"does nothing without extra\.tokenizer"):
         backend("http://127.0.0.1:1/v1", extra={"max_length": 100})
+
+
+def test_unknown_keys_of_extra_are_named_whole_with_those_that_are_known() -> None:
+    for backend_name, near in (("openai", "split_n"), ("batch", "poll_s")):
+        options = EngineOptions(
+            backend=backend_name,  # type: ignore[arg-type]
+            model="m",
+            base_url="http://127.0.0.1:1/v1",
+            extra={near[:-1]: 1},
+        )
+        with pytest.raises(RecipeError) as caught:
+            open_backend(options)
+        assert f"engine.extra: unknown key '{near[:-1]}'; did you mean '{near}'?" in str(
+            caught.value
+        )
+        assert "knows body, " in str(caught.value) and "tokenizer" in str(caught.value)
 
 
 def test_bad_options() -> None:
