@@ -35,7 +35,7 @@ from feedback.backends.http import split_url
 from feedback.backends.openai import OpenAIBackend
 from feedback.backends.redacting import Redactor, secrets_of
 from feedback.backends.retrying import RequestFailed
-from feedback.config import EngineOptions
+from feedback.config import EngineOptions, above, at_least
 from feedback.errors import BackendError
 from feedback.records import JudgeIdentity
 
@@ -60,6 +60,11 @@ class BatchExtra(HostedExtra):
     """Bytes per batch; the API takes 100 MB."""
     probe: bool = True
     """Ask the endpoint what it can do by a few ordinary requests, before anything is submitted."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        at_least(self, 1, "requests_per_file", "bytes_per_file")
+        above(self, 0, "poll_s")
 
 
 class _Wanted(NamedTuple):

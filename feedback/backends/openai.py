@@ -27,7 +27,7 @@ from feedback.backends.probing import probe, served_length
 from feedback.backends.redacting import Redactor, secrets_of
 from feedback.backends.retrying import RequestFailed, RetryBudget, RetryPolicy
 from feedback.backends.window import LoopThread, stream
-from feedback.config import EngineOptions
+from feedback.config import EngineOptions, above, at_least
 from feedback.errors import BackendError
 from feedback.records import JudgeIdentity, Usage
 
@@ -69,6 +69,12 @@ class EndpointExtra(HostedExtra):
     """Smoothed latency at which fewer requests are kept in flight; None: half of timeout_s."""
     split_n: bool = False
     """Ask for n completions in n requests, for servers that ignore ``n``."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        at_least(self, 1, "start_concurrency")
+        at_least(self, 0, "first_wait_s", "total_s")
+        above(self, 0, "slow_s")
 
 
 class Exchange(NamedTuple, Generic[Reading]):
