@@ -7,13 +7,12 @@ answers must know all the same which pairs it had begun: else it would leave the
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
 from feedback.records import Verdict
-from feedback.shards import writing
+from feedback.shards import whole_lines, writing
 from feedback.verdict_index import FAILED, SeenIds, VerdictIndex
 
 __all__ = ["BegunCalls"]
@@ -56,17 +55,11 @@ def _gather(failed: Path, begun: Path) -> None:
     temporary = begun.with_name(f"{begun.name}.{os.getpid()}.tmp")
     with writing(begun), temporary.open("wb") as gathered:
         for path in (begun, failed):
-            for line in _whole_lines(path):
+            # A torn last line is of a call that no answer came to: it is open in any case.
+            for line in whole_lines(path):
                 if seen.add(decoder.decode(line).verdict_id, 0) is None:
                     gathered.write(line)
         gathered.flush()
         os.fsync(gathered.fileno())
     seen.close()
     temporary.replace(begun)
-
-
-def _whole_lines(path: Path) -> Iterator[bytes]:
-    """Yield a file's lines but for a torn last one, whose call is open in any case."""
-    if path.is_file():
-        with path.open("rb") as file:
-            yield from (line for line in file if line.endswith(b"\n"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from feedback.backends import Backend
-from feedback.budget import Budget, Price, find_price
+from feedback.budget import Budget, Price, engine_price
 from feedback.cache import ReplyCache
 from feedback.constitution import load_constitution
 from feedback.errors import InputError, RecipeError, TemplateError
@@ -296,15 +296,7 @@ def price_of(options: JudgeOptions) -> Price | None:
     Raises:
         InputError: the price is unknown, and there is a limit on cost.
     """
-    paid = options.engine.backend not in LOCAL_ENGINES
-    price = find_price(options.engine.model, options.prices) if paid else None
-    if paid and price is None and options.max_cost is not None:
-        where = options.prices or "prompts/prices.toml"
-        raise InputError(
-            f"--max-cost needs the price of {options.engine.model!r}; add it to {where} "
-            "(0 for a server of your own)"
-        )
-    return price
+    return engine_price(options.engine, prices=options.prices, max_cost=options.max_cost)
 
 
 def make_budget(options: JudgeOptions) -> Budget:

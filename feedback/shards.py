@@ -50,6 +50,7 @@ __all__ = [
     "read_manifest",
     "read_rows",
     "shard_paths",
+    "whole_lines",
     "write_json",
     "write_text",
     "writing",
@@ -149,6 +150,13 @@ def read_jsonl(path: Path, kind: type[Record]) -> Iterator[Record]:
                 raise InputError(
                     f"not a {kind.__name__.lower()} row: {error}", path=path, line=number
                 ) from error
+
+
+def whole_lines(path: Path) -> Iterator[bytes]:
+    """Yield a file's lines, but for a last one that was torn by a crash or is being written."""
+    if path.is_file():
+        with path.open("rb") as file:
+            yield from (line for line in file if line.endswith(b"\n"))
 
 
 def shard_paths(folder: Path, kind: str) -> list[Path]:

@@ -368,7 +368,9 @@ class Hosted(FaultProxy):
         if not self.logprobs:
             return 200, chat(None)
         said = {self.says: -0.01, "x": -6.0}
-        return 200, chat(said, text=self.says)
+        reply = json.loads(chat(said if request.get("logprobs") else None, text=self.says))
+        choices = [{**reply["choices"][0], "index": n} for n in range(request.get("n", 1))]
+        return 200, json.dumps({**reply, "choices": choices}).encode()
 
 
 def test_probe_learns_the_dialect() -> None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import msgspec
 import orjson
 
-from feedback.backends import Capabilities, JudgeCall
+from feedback.backends import Capabilities, JudgeCall, SampleCall
 from feedback.backends.chat_bodies import Bodies, Dialect
 from feedback.backends.chat_replies import JudgeReading, read_judge
 from feedback.backends.http import Transport
@@ -86,6 +86,7 @@ async def probe(
     if not labels:
         await prober.ask(_question("Say hello."))
         await prober.check_system_role()
+        await prober.check_sampling()
         return prober.found(labels, structured=await prober.follows_schema(("yes", "no")))
     ids = await prober.label_ids(labels)
     await prober.find_logprobs(labels, ids)
@@ -298,6 +299,18 @@ class _Prober:
                 self.bodies.dialect = plain
             else:
                 self.notes.append("takes no system role: its text goes to the user's turn")
+
+    async def check_sampling(self) -> None:
+        """Look whether completions may be asked for with their tokens' log-probabilities."""
+        call = SampleCall(call_id="probe", messages=(_USER,), max_tokens=1)
+        try:
+            await self.transport.send(self.bodies.sample(call))
+        except RequestFailed as failure:
+            if not failure.transient and "logprobs" in str(failure).lower():
+                self.bodies.dialect = dataclasses.replace(
+                    self.bodies.dialect, sample_logprobs=False
+                )
+                self.notes.append("gives no log-probabilities of completions")
 
     async def follows_schema(self, labels: tuple[str, ...]) -> bool:
         """Return whether a JSON schema shapes the reply."""
