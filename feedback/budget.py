@@ -17,7 +17,7 @@ from typing import Any
 
 from feedback.backends import JudgeCall, SampleCall
 from feedback.config import EngineOptions
-from feedback.errors import InputError, nearest
+from feedback.errors import BudgetExceeded, InputError, nearest
 from feedback.records import Message, Usage
 from feedback.templates import prompts_folder
 from feedback.unread import PAID
@@ -204,6 +204,18 @@ class Budget:
     _characters: int = 0
     _measured_tokens: int = 0
 
+    @property
+    def said(self) -> str:
+        """What the run has spent, for the end of a line; empty where nothing has a price."""
+        return "" if self.price is None else f", ${self.spent.cost:.4f} spent"
+
+    def stop(self) -> BudgetExceeded:
+        """Return the error that ends a sampling run at the limit that was reached."""
+        return BudgetExceeded(
+            f"stopped at {self.reached} with {self.spent.calls} calls answered in this run"
+            f"{self.said}; what they gave is on disk: run the same command again to continue"
+        )
+
     def expect(self, call: JudgeCall | SampleCall) -> Usage:
         """Return the tokens that a call is expected to take, by what this run has measured."""
         if self._measured_tokens > 1000:
@@ -225,6 +237,11 @@ class Budget:
             self._open_tokens -= tokens
             self._open_cost -= expected
 
+    def send(self, call: JudgeCall | SampleCall) -> None:
+        """Note what an admitted call holds, where it was planned with other text."""
+        tokens, cost, _ = self._open[call.call_id]
+        self._open[call.call_id] = (tokens, cost, _characters(call))
+
     def admit(self, call: JudgeCall | SampleCall) -> bool:
         """Return whether a call fits into the limits; if so, count it as under way."""
         usage = self.expect(call)
@@ -239,8 +256,7 @@ class Budget:
             if limit is not None and value > limit:
                 self.reached = f"--max-{name} {style.format(limit)}"
                 return False
-        characters = sum(len(turn["content"]) for turn in call.messages)
-        self._open[call.call_id] = (tokens, cost, characters)
+        self._open[call.call_id] = (tokens, cost, _characters(call))
         self._open_tokens += tokens
         self._open_cost += cost
         return True
@@ -256,3 +272,7 @@ class Budget:
         cost = 0.0 if self.price is None else self.price.of(usage, batch=self.batch)
         self.spent.add(usage, cost)
         return cost
+
+
+def _characters(call: JudgeCall | SampleCall) -> int:
+    return sum(len(turn["content"]) for turn in call.messages)

@@ -20,7 +20,7 @@ from feedback.backends.opening import local_revision, open_backend, resolve_mode
 from feedback.budget import Budget, Price, engine_price
 from feedback.config import EngineOptions, at_least, recipe_of
 from feedback.draws import DrawPlan, Stage
-from feedback.errors import BudgetExceeded, InputError, RecipeError
+from feedback.errors import InputError, RecipeError
 from feedback.estimate import Estimate, finished_prompts
 from feedback.inputs import read_prompts
 from feedback.progress import say
@@ -152,11 +152,7 @@ def run(options: SampleOptions) -> None:
                     place, backend, lambda: _rows(source, options.limit), total=total
                 )
             if budget.reached:
-                raise BudgetExceeded(
-                    f"stopped at {budget.reached} with {budget.spent.calls} calls answered in this "
-                    f"run{_cost(budget)}; what they gave is on disk: run the same command again to "
-                    "continue"
-                )
+                raise budget.stop()
         sampling.finish(_manifest(options, source, total, sampling.counts))
     finally:
         sampling.close()
@@ -186,30 +182,25 @@ def _say_dry_run(
     options: SampleOptions, source: Path, stages: list[Stage], prices: list[Price | None]
 ) -> None:
     """Print what the run would send, policy by policy, for prompts that have no row yet."""
-    done = finished_prompts(options.out)
     estimates = [
         Estimate(engine=policy, price=price)
         for policy, price in zip(options.policies, prices, strict=True)
     ]
     firsts = [stage for stage in stages if stage.attempt == 0]
     waiting = 0
-    for row in _rows(source, options.limit):
-        if row.prompt_id in done:
-            continue
-        waiting += 1
-        for stage in firsts:
-            estimates[stage.policy].add(options.plan.calls(row, stage))
-    done.close()
+    with contextlib.closing(finished_prompts(options.out)) as done:
+        for row in _rows(source, options.limit):
+            if row.prompt_id in done:
+                continue
+            waiting += 1
+            for stage in firsts:
+                estimates[stage.policy].add(options.plan.calls(row, stage))
     say(f"{waiting} prompts to sample")
     for estimate in estimates:
         for line in estimate.lines():
             say(line)
     if options.refills and options.repeats == "redraw":
         say(f"what fails, is empty or repeats itself is drawn again, up to {options.refills} times")
-
-
-def _cost(budget: Budget) -> str:
-    return "" if budget.price is None else f", ${budget.spent.cost:.4f} spent"
 
 
 def _prompts(source: Path, limit: int | None) -> Iterator[Prompt]:
@@ -273,7 +264,7 @@ def _say_outcome(sampling: SamplingRun, total: int) -> None:
     say(
         f"{total} prompts, {counts['kept']} completions kept of {counts['drawn']} drawn in this "
         f"run ({counts['repeated']} repeated, {counts['empty']} empty, {counts['cut off']} cut off "
-        f"by max_tokens); {sampling.rate():.0f} tokens/s{_cost(sampling.budget)}"
+        f"by max_tokens); {sampling.rate():.0f} tokens/s{sampling.budget.said}"
     )
     if counts["short"]:
         say(f"{counts['short']} prompts have fewer completions than asked for")
