@@ -249,8 +249,8 @@ def _finish(
     say(run.totals.line())
     if run.budget.reached:
         raise BudgetExceeded(
-            f"stopped at {run.budget.reached} with {run.totals.verdicts} verdicts of this run on "
-            "disk; run the same command with a higher limit to continue"
+            f"stopped at {run.budget.reached} with {run.totals.said} of this run on disk; run the "
+            "same command with a higher limit to continue"
         )
     info = _manifest(options, passes, judges, work)
     combination = combination_of(options)

@@ -59,6 +59,12 @@ class RunTotals:
         """Verdicts of this run, failed calls included."""
         return self.outcomes.total()
 
+    @property
+    def said(self) -> str:
+        """Return how many verdicts there are, in words; calls that failed are none."""
+        failed = self.outcomes["failed"]
+        return f"{self.verdicts - failed} verdicts" + (f", {failed} failed" if failed else "")
+
     def line(self) -> str:
         """Return the closing line: what was done, how fast, and what it cost."""
         seconds = max(time.perf_counter() - self.started, 1e-9)

@@ -94,7 +94,11 @@ def _changed(folder: Path, record: dict[str, Any]) -> str | None:
     path = folder / RUN_RECORD
     if not path.is_file():
         return None
-    before, now = json.loads(path.read_text(encoding="utf-8")), _plain(record)
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ShardError("is damaged; use another --out", path=path) from error
+    now = _plain(record)
     for key in sorted(set(now) | set(before)):
         if now.get(key) != before.get(key):
             return f"{key} ({before.get(key)!r}, now {now.get(key)!r})"

@@ -148,6 +148,8 @@ def _template_path(name: str) -> Path:
         if not path.is_file():
             raise TemplateError("no such template file", path=path)
         return path
+    if Path(name).is_file():
+        raise TemplateError("a template is a .toml file", path=name)
     folder = prompts_folder() / "judges"
     path = folder / f"{name}.toml"
     if not path.is_file():

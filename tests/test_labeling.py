@@ -23,7 +23,7 @@ from feedback.backends import JudgeCall, JudgeReply
 from feedback.backends.opening import open_backend
 from feedback.budget import find_price
 from feedback.config import EngineOptions
-from feedback.errors import BudgetExceeded, InputError, RecipeError, ShardError
+from feedback.errors import BudgetExceeded, InputError, RecipeError, ShardError, TemplateError
 from feedback.labeling import JudgeOptions
 from feedback.panel import PanelJudge, PanelOptions
 from feedback.records import Usage, Verdict, decode
@@ -275,6 +275,35 @@ def test_a_file_that_is_no_cache_is_named(tmp_path: Path, engines: dict[str, Scr
         labeling.run(options(tmp_path, cache=str(path)))
 
 
+def test_a_cache_where_no_file_can_be_names_the_way_out(
+    tmp_path: Path, engines: dict[str, Scripted]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for path in ("/proc/replies.sqlite", tmp_path, tmp_path / "file" / "replies.sqlite"):
+        with pytest.raises(InputError, match=r"cannot be created here; .*--cache none") as caught:
+            labeling.run(options(tmp_path, cache=str(path)))
+        assert str(path) in str(caught.value)
+
+
+def test_a_refused_folder_promises_a_cache_only_where_there_is_one(
+    tmp_path: Path, engines: dict[str, Scripted]
+) -> None:
+    for backend, promised in (("transformers", False), ("openai", True)):
+        folder = {"out": tmp_path / backend / "verdicts", "backend": backend}
+        labeling.run(options(tmp_path, **folder))
+        with pytest.raises(ShardError, match="--on-change set-aside") as caught:
+            labeling.run(options(tmp_path, seed=5, **folder))
+        assert ("stay in the cache" in str(caught.value)) is promised
+
+
+def test_a_run_that_stopped_on_failures_alone_claims_no_verdicts(
+    tmp_path: Path, engines: dict[str, Scripted]
+) -> None:
+    engines["judge"].fail = lambda call: True
+    with pytest.raises(BudgetExceeded, match=r"--max-calls 3 with 0 verdicts, 3 failed of this"):
+        labeling.run(options(tmp_path, max_calls=3))
+
+
 def test_limits_stop_cleanly_and_the_run_goes_on(
     tmp_path: Path, engines: dict[str, Scripted]
 ) -> None:
@@ -385,6 +414,7 @@ OTHER = {"completion_id": "b", "completion": "y", "model": "m"}
     [
         ("{", "not a candidates row"),
         ({"prompt_id": "p", "prompt": "Q"}, "completions"),
+        ({"prompt": "Q"}, "these are prompts: run rlaif sample first"),
         ({"prompt_id": "p", "prompt": " ", "completions": [GOOD, OTHER]}, "prompt is empty"),
         ({"prompt_id": "p", "prompt": "Q", "completions": [GOOD, GOOD]}, "completion_id twice"),
         (
@@ -446,6 +476,18 @@ def test_nothing_to_ask_is_said(tmp_path: Path, engines: dict[str, Scripted]) ->
 def test_senseless_options(tmp_path: Path, fields: dict[str, Any]) -> None:
     with pytest.raises(RecipeError):
         options(tmp_path, **fields)
+
+
+def test_a_file_where_a_folder_or_a_template_belongs(
+    tmp_path: Path, engines: dict[str, Scripted]
+) -> None:
+    run = options(tmp_path)
+    with pytest.raises(ShardError, match=r"candidates\.jsonl: is a file; name a folder"):
+        labeling.run(dataclasses.replace(run, out=run.candidates))
+    with pytest.raises(ShardError, match=r"cannot be made: .* name another folder"):
+        labeling.run(dataclasses.replace(run, out=run.candidates / "verdicts"))
+    with pytest.raises(TemplateError, match=r"candidates\.jsonl: a template is a \.toml file"):
+        labeling.run(dataclasses.replace(run, template=str(run.candidates)))
 
 
 @pytest.mark.parametrize(

@@ -437,6 +437,13 @@ def test_unknown_model_wrong_key_and_nobody_there() -> None:
         with pytest.raises(BackendError, match="Check the key"):
             engine.prepare(("A", "B"))
         engine.close()
+        plain = backend(proxy.base_url.removesuffix("/v1"))
+        proxy.plan = lambda number, body: "status_404"
+        with pytest.raises(
+            BackendError, match=r"HTTP 404: .*\. base_url lacks /v1, .* or no model"
+        ):
+            plain.prepare(("A", "B"))
+        plain.close()
     engine = backend("http://127.0.0.1:9/v1")
     with pytest.raises(BackendError, match="Is the server running"):
         engine.prepare(("A", "B"))

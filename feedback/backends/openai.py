@@ -197,7 +197,10 @@ class OpenAIBackend:
         """
         thread = self.open()
         assert self._transport is not None
-        found = thread.run(probe(self._transport, self.bodies, labels, endpoint=self._endpoint))
+        path = split_url(self.options.base_url or _OPENAI).path
+        found = thread.run(
+            probe(self._transport, self.bodies, labels, endpoint=self._endpoint, path=path)
+        )
         self.bodies.dialect = found.dialect
         if self.chat is not None and self.max_length is None:
             self.max_length = thread.run(served_length(self._transport, self.options.model))

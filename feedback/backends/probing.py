@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import re
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
@@ -31,6 +32,7 @@ _FEWER = {20: 10, 10: 8, 8: 5, 5: 2}
 """Next number of alternatives to try; hosted APIs allow 20, 8 or 5."""
 
 
+_VERSION = re.compile(r"/v\d")
 _USER = Message(role="user", content="Which?")
 _ASK = "Which letter or word comes first in this list? Answer {labels}, nothing else."
 _SAY = "Repeat this and nothing else: {label}"
@@ -68,7 +70,12 @@ class _Models(msgspec.Struct):
 
 
 async def probe(
-    transport: Transport, bodies: Bodies, labels: tuple[str, ...], *, endpoint: str
+    transport: Transport,
+    bodies: Bodies,
+    labels: tuple[str, ...],
+    *,
+    endpoint: str,
+    path: str = "/v1",
 ) -> Found:
     """Ask the endpoint what it can do.
 
@@ -77,12 +84,13 @@ async def probe(
         bodies: its dialect is changed on the way to what the endpoint accepts.
         labels: labels whose log-probabilities will be wanted; empty: text only.
         endpoint: its name in messages.
+        path: the path of its base URL, for advice when nothing is found there.
 
     Raises:
         BackendError: it cannot be reached, does not know the model, gives no log-probabilities, or
             splits a label into several tokens.
     """
-    prober = _Prober(transport, bodies, endpoint)
+    prober = _Prober(transport, bodies, endpoint, path)
     if not labels:
         await prober.ask(_question("Say hello."))
         await prober.check_system_role()
@@ -112,10 +120,11 @@ def _question(text: str, **fields: Any) -> JudgeCall:
 
 
 class _Prober:
-    def __init__(self, transport: Transport, bodies: Bodies, endpoint: str):
+    def __init__(self, transport: Transport, bodies: Bodies, endpoint: str, path: str):
         self.transport = transport
         self.bodies = bodies
         self.endpoint = endpoint
+        self.path = path
         self.notes: list[str] = []
 
     async def ask(self, call: JudgeCall) -> JudgeReading:
@@ -170,10 +179,12 @@ class _Prober:
             names = await self._models()
             known = f"; it serves {', '.join(names[:5])}" if names else ""
             close = nearest(self.bodies.model, names)
-            return BackendError(
-                f"{where}. No model {self.bodies.model!r} there{close}{known}; "
-                "or base_url lacks /v1"
-            )
+            model = f"o model {self.bodies.model!r} there{close}{known}"
+            if _VERSION.search(self.path) is None:
+                return BackendError(
+                    f"{where}. base_url lacks /v1, under which such servers answer; or n{model}"
+                )
+            return BackendError(f"{where}. N{model}; or base_url is another server's")
         if failure.kind in ("network", "timeout"):
             return BackendError(f"{where}. Is the server running, and is base_url right?")
         return BackendError(where)
