@@ -15,7 +15,7 @@ an empty prefix cache:
 * the lean HTTP path against vLLM's own server;
 * label probabilities in process and over HTTP on the same questions.
 
-With ``--parity-model`` (a pretrained one: ``gguf_model.py`` says where to find a small one) the same
+With ``--parity-model`` (pretrained: ``gguf_model.py`` says where to find a small one) the same
 questions go through vLLM and transformers too. The random model will not do for that: its sharp
 attention makes of bfloat16's rounding another verdict, even within one engine.
 """

@@ -34,11 +34,10 @@ class ReplyCache:
         identity: the judge whose replies are kept.
 
     Raises:
-        InputError: the file is not a cache of ours.
+        InputError: the file is not a cache of ours, or cannot be made there.
     """
 
     def __init__(self, path: Path, identity: JudgeIdentity):
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.identity = identity
         self.hits = 0
         self._encoder = msgspec.msgpack.Encoder()
@@ -46,12 +45,19 @@ class ReplyCache:
         self._lock = threading.Lock()
         self._pending = 0
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             self._database = sqlite3.connect(path, check_same_thread=False, timeout=_WAIT_S)
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute("PRAGMA synchronous = NORMAL")
             self._database.execute(
                 "CREATE TABLE IF NOT EXISTS reply (key BLOB PRIMARY KEY, value BLOB) WITHOUT ROWID"
             )
+        except (OSError, sqlite3.OperationalError) as error:
+            raise InputError(
+                "the reply cache cannot be created here; name a writable file with --cache, or "
+                f"--cache none ({error})",
+                path=path,
+            ) from error
         except sqlite3.DatabaseError as error:
             raise InputError(f"not a reply cache: {error}; name another file", path=path) from error
 

@@ -223,7 +223,8 @@ def _label(options: JudgeOptions, passes: Sequence[_Pass], work: Work) -> None:
                         judge, backend, folder=options.out, budget=budget, cache=cache
                     )
                     closing.callback(run.close)
-                    claim_folder(options.out, record)
+                    kept = ". Replies that were paid for stay in the cache" if cache else ""
+                    claim_folder(options.out, record, kept=kept)
                     if options.ask_again:
                         run.ask_again(options.ask_again)
                     closing.enter_context(bar)
@@ -248,8 +249,8 @@ def _finish(
     say(run.totals.line())
     if run.budget.reached:
         raise BudgetExceeded(
-            f"stopped at {run.budget.reached} with {run.totals.verdicts} verdicts of this run on "
-            "disk; run the same command with a higher limit to continue"
+            f"stopped at {run.budget.reached} with {run.totals.said} of this run on disk; run the "
+            "same command with a higher limit to continue"
         )
     info = _manifest(options, passes, judges, work)
     combination = combination_of(options)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from feedback.backends import Backend, JudgeCall
+from feedback.begun import BegunCalls
 from feedback.budget import Budget
 from feedback.cache import ReplyCache
 from feedback.judge import Asked, Judge, Question
@@ -57,6 +58,12 @@ class RunTotals:
     def verdicts(self) -> int:
         """Verdicts of this run, failed calls included."""
         return self.outcomes.total()
+
+    @property
+    def said(self) -> str:
+        """Return how many verdicts there are, in words; calls that failed are none."""
+        failed = self.outcomes["failed"]
+        return f"{self.verdicts - failed} verdicts" + (f", {failed} failed" if failed else "")
 
     def line(self) -> str:
         """Return the closing line: what was done, how fast, and what it cost."""
@@ -112,6 +119,7 @@ class LabelingRun:
         try:
             self._index = VerdictIndex(folder)
             # What failed before is asked again now, so its old rows go.
+            self._begun = BegunCalls(folder)
             self._failed: BinaryIO = (folder / FAILED).open("wb")
         except BaseException:
             self.writer.close()
@@ -137,11 +145,14 @@ class LabelingRun:
         self.listener = None
 
     def known(self, prompt_id: str) -> list[Verdict]:
-        """Return what this judge said of a prompt in earlier runs, failed calls left out."""
+        """Return what this judge was asked of a prompt in earlier runs; some calls failed."""
         judge = (self.judge.identity, self.judge.template.sha256, self.judge.member)
+        final = self._index.verdicts(prompt_id)
+        answered = {row.verdict_id for row in final}
+        failed = [row for row in self._begun.verdicts(prompt_id) if row.verdict_id not in answered]
         return [
             row
-            for row in self._index.verdicts(prompt_id)
+            for row in final + failed
             if (row.judge, row.template_sha256, row.meta.get("member")) == judge
         ]
 
@@ -223,6 +234,7 @@ class LabelingRun:
         self._failed.close()
         if not failed:
             (self.writer.folder / FAILED).unlink()
+        self._begun.forget()
         self.writer.finish({**info, "failed": failed, "totals": totals}, count=count)
 
     def close(self) -> None:
@@ -230,6 +242,7 @@ class LabelingRun:
         with contextlib.ExitStack() as closing:  # each is closed, whatever the others do
             closing.callback(self.writer.close)
             closing.callback(self._index.close)
+            closing.callback(self._begun.close)
             with writing(self.writer.folder / FAILED):
                 self._failed.close()
 

@@ -142,6 +142,14 @@ def test_impossible_labels_are_refused(
         read(path, tokenizer)
 
 
+def test_preferences_made_elsewhere_are_told_how_to_come_in(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "Q", "chosen": "a", "rejected": "b"}\n')
+    with pytest.raises(InputError, match="come in by rlaif import --format trl") as caught:
+        read(path, tokenizer)
+    assert f"{path}:1: not a preference row" in str(caught.value)
+
+
 def test_other_shards_are_refused_by_kind(tmp_path: Path, tokenizer: Any) -> None:
     from feedback.records import Prompt
 

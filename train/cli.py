@@ -7,9 +7,11 @@ classes live in modules that import neither torch nor vllm.
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -28,6 +30,18 @@ _ABSENT = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; return the exit code."""
+    try:
+        try:
+            return _main(arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output has gone (``| head``). Python flushes once more as it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
@@ -96,6 +110,7 @@ def _check_words(kind: type[Any], name: str, words: list[str], *, given: set[str
                 f"rlaif {name}: unknown option {option}{nearest(option, known)} "
                 f"(rlaif {name} --help lists them)"
             )
+    _check_numbers(kind, name, words)
     filled = {f"--{key}".replace("_", "-") for key in given} | used
     needed = [f"--{key}".replace("_", "-") for key in required_fields(kind)]
     if missing := [option for option in needed if option not in filled]:
@@ -109,17 +124,42 @@ def _check_present(name: str, option: str, recipe: str | None = None) -> None:
         raise RecipeError(f"{absent}: leave {option} out", path=recipe)
 
 
+def _check_numbers(kind: type[Any], name: str, words: list[str]) -> None:
+    """Refuse words where an option takes one number."""
+    wanted = {option: _number_type(hint) for option, hint in _option_types(kind)}
+    for place, word in enumerate(words):
+        option, _, value = word.partition("=")
+        number = wanted.get(option.replace("_", "-"))
+        value = value or "".join(words[place + 1 : place + 2])
+        if number is None or not value or value == "None":
+            continue
+        try:
+            number(value)
+        except ValueError:
+            what = "a whole number" if number is int else "a number"
+            raise RecipeError(f"rlaif {name}: {option} takes {what}, not {value!r}") from None
+
+
+def _number_type(hint: Any) -> type[int] | type[float] | None:
+    """Return int or float for a type of one number, which may be None; for others, None."""
+    for number in (int, float):
+        if hint in (number, number | None):
+            return number
+    return None
+
+
 def _option_names(kind: type[Any], prefix: str = "--", *, of: type | None = None) -> list[str]:
     """Return every option of an options class (or those of one type); nested are joined by dots."""
-    names = []
+    return [name for name, hint in _option_types(kind, prefix) if of is None or hint is of]
+
+
+def _option_types(kind: type[Any], prefix: str = "--") -> Iterator[tuple[str, Any]]:
     hints = typing.get_type_hints(kind)
     for entry in dataclasses.fields(kind):
-        name = prefix + entry.name.replace("_", "-")
-        if of is None or hints[entry.name] is of:
-            names.append(name)
-        if dataclasses.is_dataclass(hints[entry.name]):
-            names += _option_names(hints[entry.name], f"{name}.", of=of)
-    return names
+        name, hint = prefix + entry.name.replace("_", "-"), hints[entry.name]
+        yield name, hint
+        if dataclasses.is_dataclass(hint):
+            yield from _option_types(typing.cast(type[Any], hint), f"{name}.")
 
 
 def _with_missing(kind: type[Any], table: dict[str, Any], recipe: str | None) -> Any:

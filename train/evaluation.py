@@ -7,7 +7,6 @@ samples). Judges here should have labelled nothing that the policy was trained o
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from feedback.records import Candidates, prompt_messages
 from feedback.sampling import SampleOptions
 from feedback.sampling import run as sample
 from feedback.shards import ShardWriter, read_rows, shard_paths, write_json, write_text
+from feedback.unread import engine_on
 from feedback.winrate import (
     NEW,
     OLD,
@@ -204,7 +204,7 @@ def _divergence(options: EvaluateOptions, rows: list[Candidates]) -> dict[str, A
     ]
     scored = []
     for engine in (options.policy, options.start):
-        backend: Any = open_backend(dataclasses.replace(engine, backend="transformers"))
+        backend: Any = open_backend(engine_on(engine, "transformers"))
         try:
             scored.append(list(backend.logps(samples)))
         finally:

@@ -14,6 +14,7 @@ from typing import Any
 
 import jinja2
 
+from feedback.backends.turns import merge_system
 from feedback.errors import BackendError
 from feedback.records import Message
 
@@ -57,7 +58,7 @@ class ChatTokenizer:
         if not self.templated:
             return "\n\n".join(turn["content"] for turn in turns) + ("\n" if turns else "")
         if not self.system_role:
-            turns = _merge_system(turns)
+            turns = merge_system(turns)
         if reply is not None:
             turns.append(Message(role="assistant", content=reply))
         return self._render(turns, opening=reply is None)
@@ -203,18 +204,6 @@ def _plain_backend(tokenizer: Any) -> Any:
     backend.no_truncation()
     backend.no_padding()
     return backend
-
-
-def _merge_system(turns: list[Message]) -> list[Message]:
-    """Return the turns with leading system text put at the head of the first user turn."""
-    system = [turn["content"] for turn in turns if turn["role"] == "system"]
-    rest = [turn for turn in turns if turn["role"] != "system"]
-    if not system:
-        return rest
-    if rest and rest[0]["role"] == "user":
-        system.append(rest[0]["content"])
-        rest = rest[1:]
-    return [Message(role="user", content="\n\n".join(system)), *rest]
 
 
 def _control_pattern(tokenizer: Any) -> re.Pattern[str] | None:

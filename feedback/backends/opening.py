@@ -13,6 +13,7 @@ from pathlib import Path
 from feedback.backends import Backend
 from feedback.config import EngineOptions
 from feedback.errors import BackendError
+from feedback.unread import check_engine
 
 __all__ = ["local_revision", "open_backend", "resolve_model"]
 
@@ -29,8 +30,10 @@ def open_backend(options: EngineOptions) -> Backend:
     """Return the engine that ``options`` name, ready to judge and sample.
 
     Raises:
+        RecipeError: an option does nothing with this engine.
         BackendError: the engine is not installed, or cannot load the model.
     """
+    check_engine(options)
     path = resolve_model(options.model)
     try:
         module = importlib.import_module(f"feedback.backends.{options.backend}")

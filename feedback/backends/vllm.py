@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 from feedback.backends import Capabilities, JudgeCall, JudgeReply, SampleCall, SampleReply
 from feedback.backends.chat import ChatTokenizer
 from feedback.backends.opening import local_revision
+from feedback.backends.vllm_faults import engine_errors, wake_if_killed
 from feedback.config import EngineOptions
 from feedback.errors import BackendError
 from feedback.records import JudgeIdentity, Usage
@@ -71,6 +72,9 @@ class VllmBackend:
         self.identity = identity
         self._llm = engine
         self._engine = engine.llm_engine
+        self._errors = engine_errors()
+        self._dead = False
+        wake_if_killed(self._engine.engine_core)
         self._adapter = adapter
         config = self._engine.vllm_config
         self.max_length: int = config.model_config.max_model_len
@@ -148,7 +152,8 @@ class VllmBackend:
                             call, since = queued.pop(output.request_id)
                             yield read(call, output, time.monotonic() - since)
             finally:
-                if queued:  # abandoned by the consumer: nothing of it may reach the next stream
+                # Abandoned by the consumer: nothing of it may reach the next stream.
+                if queued and not self._dead:
                     self._abandon(queued)
 
     def _blocks(self, source: Iterator[Any], pool: ThreadPoolExecutor) -> Iterator[_Block]:
@@ -179,9 +184,11 @@ class VllmBackend:
                     params_of(call),
                     lora_request=self._adapter,
                 )
-            except ValueError as error:
+            except self._errors.refused as error:
                 yield call, f"refused by vLLM: {error}"
                 continue
+            except self._errors.died as error:
+                raise self._death(error) from error
             queued[name] = _Queued(call, time.monotonic())
 
     def _too_long(self, call: Any, ids: list[int]) -> str | None:
@@ -195,12 +202,16 @@ class VllmBackend:
     def _step(self) -> list[Any]:
         try:
             outputs: list[Any] = self._engine.step()
-        except RuntimeError as error:  # EngineDeadError, out of memory, a failed kernel
-            raise BackendError(
-                f"vLLM stopped: {error}. What is finished is kept; lower gpu_memory or "
-                "max_model_len if it ran out of memory, and run the command again"
-            ) from error
+        except self._errors.died as error:
+            raise self._death(error) from error
         return outputs
+
+    def _death(self, error: Exception) -> BackendError:
+        self._dead = True
+        return BackendError(
+            f"vLLM stopped: {str(error).rstrip('.')}. What is finished is kept; lower gpu_memory "
+            "or max_model_len if it ran out of memory, and run the command again"
+        )
 
     def _abandon(self, queued: dict[str, _Queued]) -> None:
         self._engine.abort_request(list(queued))
@@ -335,10 +346,11 @@ def open_engine(options: EngineOptions, path: str) -> VllmBackend:
     from vllm.lora.request import LoRARequest
 
     settings = engine_settings(options)
+    failures: tuple[type[Exception], ...] = (ValueError, TypeError, OSError, *engine_errors().died)
     adapter = None if options.lora is None else LoRARequest("judge", 1, options.lora)
     try:
         engine: Any = LLM(model=path, **settings)
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except failures as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise BackendError(f"vLLM cannot load {options.model!r}: {first}") from error
     revision = local_revision(path) or options.revision
