@@ -157,17 +157,32 @@ def test_davidson_by_hand() -> None:
     assert value(loss="davidson") == pytest.approx((first + 3 * tie) / 4, rel=1e-5)
 
 
-def test_robust_takes_the_judges_doubt_as_flip_rate() -> None:
-    """e = 1 - p = 0.1 for the first pair; 0.5 is capped at 0.4 for the tie."""
+def test_robust_by_hand() -> None:
+    """One flip rate for hard labels: -0.4 with e = 0.3; the tie counts with h = 0: log 2."""
 
     def robust(e: float, h: float) -> float:
         right, wrong = math.log(sigmoid(h)), math.log(sigmoid(-h))
         return (-(1 - e) * right + e * wrong) / (1 - 2 * e)
 
-    expected = (robust(0.1, H[0]) + 3 * robust(0.4, H[1])) / 4
-    assert value(loss="robust") == pytest.approx(expected, rel=1e-5)
-    given = (robust(0.3, H[0]) + 3 * robust(0.3, H[1])) / 4
-    assert value(loss="robust", label_smoothing=0.3) == pytest.approx(given, rel=1e-5)
+    expected = (robust(0.3, H[0]) + 3 * math.log(2)) / 4
+    assert value(loss="robust", label_smoothing=0.3) == pytest.approx(expected, rel=1e-5)
+
+
+def test_robust_pulls_as_the_judge_decided_and_not_harder_where_it_doubts() -> None:
+    """dL/dh at h = 0 is -1/2 / (1 - 2e), here -5/6, to the side of p and whatever p; a tie's 0."""
+    slopes = []
+    for p, tie in ((1.0, False), (0.6, False), (0.5, True), (0.2, False)):
+        groups = [
+            dataclasses.replace(
+                two_pairs()[0], pairs=(Pair(0, 1, p, 1.0, tie),), ref_logps=(-0.7, -1.5, 0.0)
+            )
+        ]
+        model = Fixed(LOGPROBS)
+        objective = DpoObjective(options(beta=1.0, loss="robust", label_smoothing=0.2))
+        objective.loss(model, pack_groups(groups), objective.counts(groups)).loss.backward()
+        assert model.logprobs.grad is not None
+        slopes.append(float(model.logprobs.grad[0]))  # of the first completion: dL/dh
+    assert slopes == pytest.approx([-5 / 6, -5 / 6, 0.0, 5 / 6])
 
 
 def test_nll_is_per_token_of_the_chosen() -> None:
@@ -224,7 +239,7 @@ def test_the_optimum_is_the_logit_of_the_label() -> None:
     [
         {"loss": "sigmoid", "nll_weight": 0.3},
         {"loss": "gdpo"},
-        {"loss": "robust"},
+        {"loss": "robust", "label_smoothing": 0.2},
         {"loss": "ipo"},
         {"loss": "simpo"},
         {"loss": "davidson"},
@@ -312,6 +327,8 @@ def test_falling_chosen_likelihood_warns_once() -> None:
     "fields",
     [
         {"label_smoothing": 0.5},
+        {"loss": "robust"},
+        {"loss": "robust", "label_smoothing": 0.45},
         {"ld_alpha": 1.5},
         {"loss": "davidson", "ties": "drop"},
         {"loss": "simpo", "reference_model": "x"},

@@ -280,8 +280,9 @@ class DpoOptions(TrainOptions):
         "sigmoid", "gdpo", "robust", "ipo", "rpo", "simpo", "rao-kupper", "davidson", "listwise"
     ] = "sigmoid"
     """sigmoid: DPO, cDPO with soft labels (optimum at logit p); gdpo: geometric averaging; robust:
-    rDPO; ipo; rpo: reward-aware; simpo: no reference; rao-kupper, davidson: ties as an outcome of
-    their own; listwise: Plackett-Luce over whole rankings."""
+    rDPO, hard labels of which the share label_smoothing is flipped (a tie gives no gradient); ipo;
+    rpo: reward-aware; simpo: no reference; rao-kupper, davidson: ties as an outcome of their own;
+    listwise: Plackett-Luce over whole rankings."""
     beta: float = 0.1
     """Strength of the pull to the reference (ipo: the paper's tau; simpo: the reward scale)."""
     soft_labels: bool = True
@@ -290,7 +291,8 @@ class DpoOptions(TrainOptions):
     """Rows that the judge called a tie: train on them as p = 0.5 (or as the tie outcome of
     rao-kupper and davidson), or leave them out (counted)."""
     label_smoothing: float = 0.0
-    """Chance that a label is flipped, in [0, 0.5): mixed into p; for robust the flip rate."""
+    """Chance that a label is flipped, in [0, 0.5): mixed into p; robust needs it as its flip rate,
+    in (0, 0.4]."""
     nll_weight: float = 0.0
     """Weight of the chosen completion's mean negative log-likelihood, added to the loss."""
     ld_alpha: float = 1.0
@@ -335,6 +337,12 @@ class DpoOptions(TrainOptions):
             raise RecipeError(f"tie_nu does nothing with loss {self.loss!r}; remove it")
         if self.tie_nu is not None and self.tie_nu <= (self.loss == "rao-kupper"):
             raise RecipeError("tie_nu must be greater than 1 (rao-kupper) or 0 (davidson)")
+        if self.loss == "robust" and not 0 < self.label_smoothing <= 0.4:
+            raise RecipeError(
+                "loss robust corrects for a known share of flipped labels: set label_smoothing to "
+                f"it, in (0, 0.4], not {self.label_smoothing}; at 0 it would be hard DPO (loss "
+                "sigmoid with soft_labels off)"
+            )
         if self.label_smoothing and (ties or self.loss in ("rpo", "listwise")):
             raise RecipeError(f"label_smoothing does nothing with loss {self.loss!r}; remove it")
         if self.ipo_averaged and self.loss != "ipo":

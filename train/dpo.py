@@ -117,9 +117,10 @@ class DpoObjective:
         if options.loss == "gdpo":
             return gdpo_loss(h, p_chosen=p)
         if options.loss == "robust":
-            # Without a given rate, the judge's own doubt is the chance that the label is wrong.
-            flip = options.label_smoothing or (1 - p).clamp(0, 0.5)
-            return robust_loss(h, flip=flip)
+            # rDPO knows hard labels and one flip rate: were the judge's doubt the rate, the least
+            # certain pairs would pull the most. A tie has no side, so h = 0 and no gradient.
+            side = torch.where(batch.pair_ties, 0.0, torch.sign(p - 0.5))
+            return robust_loss(side * h, flip=options.label_smoothing)
         if options.loss == "rpo":
             target = options.rpo_eta * batch.pair_margins
             return rpo_loss(h, target=target, form=options.rpo_form)
