@@ -72,6 +72,25 @@ def test_rows_of_one_prompt_make_one_group(tmp_path: Path, tokenizer: Any) -> No
     assert report.warnings == []
 
 
+def test_labels_are_settled_on_reading(tmp_path: Path, tokenizer: Any) -> None:
+    """The preferred side first, p = 1/2 and ties are one thing, weight 0 is left out."""
+    rows = [
+        preference("Hi", "a", "b", p_chosen=0.3, margin=0.4),
+        preference("Hi", "a", "c", p_chosen=0.5),
+        preference("Hi", "b", "c", p_chosen=0.8, tie=True),
+        preference("Hi", "d", "a", p_chosen=0.9, weight=0.0),
+    ]
+    groups, report = read(write(tmp_path / "p", "preferences", rows), tokenizer)
+    assert [text(tokenizer, ids) for ids in groups[0].completions] == ["b<eos>", "a<eos>", "c<eos>"]
+    assert groups[0].pairs == (
+        Pair(0, 1, 0.7, 1.0, False, 0.4),
+        Pair(1, 2, 0.5, 1.0, True, 0.0),
+        Pair(0, 2, 0.5, 1.0, True, 0.0),
+    )
+    assert (report.rows, report.pairs, report.ties, report.weightless) == (4, 3, 2, 1)
+    assert report.warnings == ["1 rows left out: their weight is 0"]
+
+
 def test_messages_and_text_of_one_meaning_are_told_apart_only_by_content(
     tmp_path: Path, tokenizer: Any
 ) -> None:

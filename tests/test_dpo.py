@@ -102,6 +102,15 @@ def test_hard_labels_keep_ties() -> None:
     assert value(soft_labels=False) == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_coin_flip_stays_one_and_a_tie_is_one() -> None:
+    """Not marked as a tie, p = 0.5 is no certainty; marked as one, p = 0.8 counts as 0.5."""
+    for pair, soft in ((Pair(0, 1, 0.5), False), (Pair(0, 1, 0.8, 1.0, True), True)):
+        groups = [dataclasses.replace(two_pairs()[0], pairs=(pair,))]
+        objective = DpoObjective(options(beta=2.0, soft_labels=soft))
+        found = objective.loss(Fixed(LOGPROBS), pack_groups(groups), objective.counts(groups))
+        assert float(found.loss.detach()) == pytest.approx(cross_entropy(0.5, H[0]), rel=1e-5)
+
+
 def test_smoothing_mixes_into_the_label() -> None:
     expected = (cross_entropy(0.9 * 0.8 + 0.1 * 0.2, H[0]) + 3 * cross_entropy(0.5, H[1])) / 4
     assert value(label_smoothing=0.2) == pytest.approx(expected, rel=1e-5)

@@ -49,6 +49,14 @@ def test_rankings_from_scores_and_single_pairs() -> None:
     assert ranked_from_labels([own])[0].ranking == ((1,), (0,))
 
 
+def test_rows_order_completions_by_their_weights() -> None:
+    """1 beats 0 once with weight 3; 0 beats 1 twice with weight 1: 3 against 2 of 5."""
+    rows = [group(Pair(0, 1), Pair(0, 1), Pair(1, 0, 1.0, 3.0))]
+    assert ranked_from_labels(rows)[0].ranking == ((1,), (0,))
+    ignored = [group(Pair(0, 1), Pair(1, 0, 1.0, 0.0), Pair(2, 0, 1.0, 0.0), count=3)]
+    assert ranked_from_labels(ignored, mixed=True)[0].ranking == ((0,), (1,))
+
+
 def test_pairs_of_many_make_a_ranking_only_for_those_who_look_at_the_pairs() -> None:
     """0 beats 1 and 2 beats 3: nothing is known of 0 against 3. 4 was never compared."""
     rows = [group(Pair(0, 1), Pair(2, 3, 0.9), count=5)]

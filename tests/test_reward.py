@@ -162,17 +162,21 @@ def test_packed_equals_unpacked_in_bfloat16(
 
 
 def test_listwise_packed_equals_unpacked(model: Any, tiny_model: Path) -> None:
-    """Group a: {2, 0} tied, then 3, then 1: the mean of the orders 2 0 3 1 and 0 2 3 1."""
+    """Group a: {2, 0} tied, then 3, then 1: the mean of the orders 2 0 3 1 and 0 2 3 1.
+
+    The rankings count by the mean weight of their pairs that count: 3.5 / 3 and 1.
+    """
     settings = options(tiny_model, tiny_model, loss="plackett-luce", centring=0.0)
     objective = RewardObjective(settings)
     total = torch.zeros(())
-    for group, orders in zip(GROUPS, ([(2, 0, 3, 1), (0, 2, 3, 1)], [(1, 0)]), strict=True):
+    orders_of = ([(2, 0, 3, 1), (0, 2, 3, 1)], [(1, 0)])
+    for group, weight, orders in zip(GROUPS, (3.5 / 3, 1.0), orders_of, strict=True):
         f = plain_rewards(model, group)
         for order in orders:
             ranked = f[list(order)]
             steps = [ranked[k] - ranked[k:].logsumexp(0) for k in range(len(order))]
-            total = total - sum(steps) / len(orders)
-    expected = total / 2
+            total = total - weight * sum(steps) / len(orders)
+    expected = total / (3.5 / 3 + 1)
     batch = with_layout(pack_groups(GROUPS), "blocks")
     packed = objective.loss(model, batch, objective.counts(GROUPS)).loss
     torch.testing.assert_close(packed, expected, atol=1e-5, rtol=1e-5)

@@ -93,6 +93,24 @@ def expected_loss(model: Any, confident: bool) -> Tensor:
 
 
 @pytest.mark.parametrize("confident", [False, True])
+def test_a_row_that_comes_twice_or_weighs_nothing_changes_nothing(
+    model: Any, tiny_model: Path, confident: bool
+) -> None:
+    settings = options(tiny_model, tiny_model, confidence_weights=confident, margin=0.3)
+    objective = RrhfObjective(settings)
+
+    def loss(*more: Pair) -> Tensor:
+        rows = [dataclasses.replace(COMPARED, pairs=(Pair(0, 1, 0.9, 2.0), *more))]
+        groups = rank_candidates(rows, DataReport(), settings)
+        batch = with_layout(pack_groups(groups), "blocks")
+        return objective.loss(model, batch, objective.counts(groups)).loss
+
+    twice, ignored = Pair(0, 1, 0.9, 2.0), Pair(1, 0, 1.0, 0.0)
+    torch.testing.assert_close(loss(twice), loss())
+    torch.testing.assert_close(loss(ignored), loss())
+
+
+@pytest.mark.parametrize("confident", [False, True])
 @pytest.mark.parametrize("split", [False, True])
 def test_packed_equals_the_paper_unpacked(
     model: Any, tiny_model: Path, confident: bool, split: bool

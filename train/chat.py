@@ -36,6 +36,8 @@ class DataReport:
     ties: int = 0
     identical: int = 0
     """Pairs dropped because both completions are equal after normalisation."""
+    weightless: int = 0
+    """Rows left out because their weight is 0."""
     unlabelled: int = 0
     """Groups dropped because no label is left in them."""
     truncated_completions: int = 0

@@ -27,7 +27,7 @@ from feedback.records import (
     content_id,
     normalise_text,
 )
-from feedback.shards import MANIFEST, folder_kind, read_rows, shard_paths
+from feedback.shards import MANIFEST, folder_kind, read_numbered, shard_paths
 from train.chat import ChatFormat, DataReport
 
 __all__ = [
@@ -50,6 +50,7 @@ class Pair(NamedTuple):
     """Index of the completion that is preferred with probability ``p``."""
     rejected: int
     p: float = 1.0
+    """As ``read_groups`` makes pairs: at least 1/2, and 1/2 exactly where ``tie``."""
     weight: float = 1.0
     tie: bool = False
     margin: float = 0.0
@@ -105,6 +106,10 @@ def read_groups(
     All rows of one prompt make one group. A ranking group keeps scores, tied groups and compared
     pairs; a preference adds a pair. Two rankings of one prompt stay two groups.
 
+    What a label says is settled here, once for all losses: a pair's chosen side is the one that is
+    preferred (p >= 1/2, whichever way round the row has it); a tie has p = 1/2, and p = 1/2 is a
+    tie; rows of weight 0 are left out.
+
     Args:
         sources: shard folders, or JSONL files; a file's first line says which rows it holds.
         tokenizer: of the model to train.
@@ -140,16 +145,27 @@ def _drafts(sources: Sequence[str | Path], report: DataReport) -> list[_Draft]:
     drafts: dict[str, _Draft] = {}
     ranked: list[_Draft] = []
     for source in sources:
-        kind = _kind(Path(source))
-        for row in read_rows(source, kind):
+        for path, line, row in _located_rows(Path(source)):
             report.rows += 1
-            if isinstance(row, Ranking):
-                ranked.append(_ranking_draft(row, report))
-            else:
+            try:
+                if isinstance(row, Ranking):
+                    ranked.append(_ranking_draft(row, report))
+                    continue
                 key = content_id(row.prompt)
                 draft = drafts.setdefault(key, _Draft(row.prompt_id, row.prompt))
                 _add_preference(draft, row, report)
+            except InputError as error:
+                raise InputError(str(error), path=path, line=line) from error
     return [draft for draft in [*drafts.values(), *ranked] if draft.pairs or draft.rankings]
+
+
+def _located_rows(source: Path) -> Iterator[tuple[Path, int, Preference | Ranking]]:
+    """Yield a source's rows with file and line."""
+    kind = _kind(source)
+    name = "rankings" if kind is Ranking else "preferences"
+    for path in shard_paths(source, name) if source.is_dir() else [source]:
+        for line, row in read_numbered(path, kind):
+            yield path, line, row
 
 
 def _kind(source: Path) -> type[Preference] | type[Ranking]:
@@ -191,13 +207,17 @@ def _add_preference(draft: _Draft, row: Preference, report: DataReport) -> None:
         raise InputError(f"prompt {row.prompt_id!r}: weight is {row.weight}, below 0")
     chosen = _completion_text(row.chosen, row.prompt_id)
     rejected = _completion_text(row.rejected, row.prompt_id)
+    if row.weight == 0:
+        report.weightless += 1
+        return
     if normalise_text(chosen) == normalise_text(rejected):
         report.identical += 1
         return
-    pair = Pair(
-        draft.add(chosen), draft.add(rejected), row.p_chosen, row.weight, row.tie, row.margin
-    )
-    draft.pairs.append(pair)
+    p, margin = 0.5 if row.tie else row.p_chosen, row.margin
+    if p < 0.5:
+        chosen, rejected, p, margin = rejected, chosen, 1 - p, abs(margin)
+    sides = draft.add(chosen), draft.add(rejected)
+    draft.pairs.append(Pair(*sides, p, row.weight, p == 0.5, margin))
 
 
 def _ranking_draft(row: Ranking, report: DataReport) -> _Draft:
@@ -335,11 +355,13 @@ def _summarise(
     if not groups:
         raise InputError(
             f"no labelled completions to train on ({report.rows} rows read, {report.identical} "
-            f"identical, {report.dropped_overlong} too long)",
+            f"identical, {report.weightless} of weight 0, {report.dropped_overlong} too long)",
             path=named,
         )
     if report.identical:
         report.warn(f"{report.identical} rows dropped: their completions are the same text")
+    if report.weightless:
+        report.warn(f"{report.weightless} rows left out: their weight is 0")
     if report.truncated_completions or report.truncated_prompts:
         report.warn(
             f"{report.truncated_completions} completions and {report.truncated_prompts} prompts "

@@ -97,9 +97,9 @@ class DpoObjective:
 
     def _labels(self, batch: PackedBatch) -> Tensor:
         """Return P(chosen preferred) as the options want it, (P,)."""
-        options, p = self.options, batch.pair_p
+        options, p = self.options, torch.where(batch.pair_ties, 0.5, batch.pair_p)
         if not options.soft_labels:
-            p = torch.where(batch.pair_ties, 0.5, (p >= 0.5).to(p.dtype))
+            p = (torch.sign(p - 0.5) + 1) / 2  # a coin flip stays one
         if options.label_smoothing and options.loss != "robust":
             p = p * (1 - options.label_smoothing) + (1 - p) * options.label_smoothing
         return p
@@ -119,8 +119,7 @@ class DpoObjective:
         if options.loss == "robust":
             # rDPO knows hard labels and one flip rate: were the judge's doubt the rate, the least
             # certain pairs would pull the most. A tie has no side, so h = 0 and no gradient.
-            side = torch.where(batch.pair_ties, 0.0, torch.sign(p - 0.5))
-            return robust_loss(side * h, flip=options.label_smoothing)
+            return robust_loss(torch.sign(p - 0.5) * h, flip=options.label_smoothing)
         if options.loss == "rpo":
             target = options.rpo_eta * batch.pair_margins
             return rpo_loss(h, target=target, form=options.rpo_form)

@@ -14,7 +14,7 @@ from feedback.errors import InputError
 from train.chat import DataReport
 from train.data import Group
 
-__all__ = ["label_pairs", "ranked_from_labels"]
+__all__ = ["label_pairs", "mean_weight", "ranked_from_labels"]
 
 
 def label_pairs(
@@ -61,8 +61,8 @@ def ranked_from_labels(groups: Sequence[Group], *, mixed: bool = False) -> list[
 
     Scores make tied groups of equal scores. Two completions with one pair are a ranking of two
     (p = 1/2: tied). With more pairs the completions are ordered by their mean probability of being
-    preferred, which says nothing about two that were never compared: that is done only where
-    ``mixed`` says that the caller looks at the compared pairs too.
+    preferred, rows by their weights, which says nothing about two that were never compared: that is
+    done only where ``mixed`` says that the caller looks at the compared pairs too.
 
     Raises:
         InputError: a group has neither ranking nor scores, and its pairs make none.
@@ -89,13 +89,21 @@ def _ranked(group: Group, mixed: bool) -> Group:
 
 
 def _win_rates(group: Group) -> list[float | None]:
-    """Return each completion's mean probability of being preferred; None where never compared."""
-    won: dict[int, list[float]] = {}
+    """Return each completion's mean probability of being preferred, pairs by their weights.
+
+    None where it was never compared.
+    """
+    count = len(group.completions)
+    won, weight = [0.0] * count, [0.0] * count
     for pair in group.pairs:
         p = 0.5 if pair.tie else pair.p
-        won.setdefault(pair.chosen, []).append(p)
-        won.setdefault(pair.rejected, []).append(1 - p)
-    return [
-        round(sum(won[m]) / len(won[m]), 9) if m in won else None
-        for m in range(len(group.completions))
-    ]
+        for member, share in ((pair.chosen, p), (pair.rejected, 1 - p)):
+            won[member] += pair.weight * share
+            weight[member] += pair.weight
+    return [round(w / total, 9) if total else None for w, total in zip(won, weight, strict=True)]
+
+
+def mean_weight(group: Group) -> float:
+    """Return what a group counts: the mean weight of its pairs that count, 0 without any."""
+    weights = [pair.weight for pair in group.pairs if pair.weight > 0]
+    return sum(weights) / len(weights) if weights else 0.0

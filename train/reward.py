@@ -4,8 +4,8 @@
 
 with c_ij = w_ij / (pairs of the prompt), so that a prompt with K completions counts once and all of
 its pairs are in one step (InstructGPT), and W their sum. The tie models and Plackett-Luce replace
-the bracket; see ``losses.py`` and ``losses_listwise.py``. A completion's reward is read at its last
-token by place.
+the bracket (a ranking counts by the mean weight of its pairs); see ``losses.py`` and
+``losses_listwise.py``. A completion's reward is read at its last token by place.
 
 The run ends with a report (``report.json``, ``reliability.svg``) on held-out prompts: accuracy by
 margin and by judge confidence, calibration, what length explains, and whether scores depend on
@@ -29,7 +29,7 @@ from train.batches import Counts
 from train.chat import DataReport
 from train.config import RewardOptions
 from train.data import Group, with_ranked_pairs
-from train.labels import label_pairs, ranked_from_labels
+from train.labels import label_pairs, mean_weight, ranked_from_labels
 from train.losses import (
     bradley_terry_loss,
     centring_loss,
@@ -66,7 +66,7 @@ class RewardObjective:
     def counts(self, groups: Sequence[Group]) -> Counts:
         """Return W: the sum of all coefficients."""
         if self.options.loss == "plackett-luce":
-            return {"weight": float(sum(bool(group.ranking) for group in groups))}
+            return {"weight": sum(mean_weight(group) for group in groups if group.ranking)}
         return {"weight": sum(_coefficients(group, self.options.average) for group in groups)}
 
     def loss(self, model: Any, batch: PackedBatch, counts: Mapping[str, float]) -> StepLoss:
@@ -82,7 +82,7 @@ class RewardObjective:
         options = self.options
         chosen, rejected = rewards[batch.pairs].unbind(1)
         d = chosen - rejected
-        weights = self._pair_coefficients(batch)
+        weights = _pair_coefficients(batch, self.options.average)
         if options.loss == "bradley-terry":
             margin = options.margin_scale * batch.pair_margins if options.margin_scale else None
             losses = bradley_terry_loss(d, p_chosen=batch.pair_p, margin=margin)
@@ -100,13 +100,6 @@ class RewardObjective:
             loss = loss + options.length_decorrelation * correlation * weights.sum() / total
         return loss
 
-    def _pair_coefficients(self, batch: PackedBatch) -> Tensor:
-        if self.options.average == "pair":
-            return batch.pair_weights
-        group = batch.completion_groups[batch.pairs[:, 0]]
-        size = torch.bincount(group[batch.pair_weights > 0], minlength=len(batch.groups))
-        return batch.pair_weights / size[group].clamp(min=1)
-
     def _listwise(self, rewards: Tensor, batch: PackedBatch, total: float) -> Tensor:
         counts = torch.bincount(batch.completion_groups, minlength=len(batch.groups))
         scores, mask = pad_groups(rewards, counts)
@@ -116,13 +109,26 @@ class RewardObjective:
         if self.options.centring:
             mean = (scores * mask).sum(1) / mask.sum(1).clamp(min=1)
             losses = losses + self.options.centring * centring_loss(mean, mean)
-        return weighted_mean(losses, mask.any(1), total=total)
+        group = batch.completion_groups[batch.pairs[:, 0]]
+        weights = torch.zeros_like(losses).index_add(
+            0, group, _pair_coefficients(batch, "prompt").to(losses.dtype)
+        )
+        return weighted_mean(losses, weights * mask.any(1), total=total)
 
 
 def _coefficients(group: Group, average: str) -> float:
-    weights = [pair.weight for pair in group.pairs if pair.weight > 0]
-    total = float(sum(weights))
-    return total / len(weights) if average == "prompt" and weights else total
+    if average == "prompt":
+        return mean_weight(group)
+    return float(sum(pair.weight for pair in group.pairs))
+
+
+def _pair_coefficients(batch: PackedBatch, average: str) -> Tensor:
+    """Return each pair's coefficient, (P,); a group's sum to ``_coefficients``."""
+    if average == "pair":
+        return batch.pair_weights
+    group = batch.completion_groups[batch.pairs[:, 0]]
+    size = torch.bincount(group[batch.pair_weights > 0], minlength=len(batch.groups))
+    return batch.pair_weights / size[group].clamp(min=1)
 
 
 def _metrics(rewards: Tensor, batch: PackedBatch) -> Metrics:
