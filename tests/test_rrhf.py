@@ -45,7 +45,7 @@ COMPARED = Group(  # preferences: 0 over 1, 2 over 1; 3 over 2 was seen, 3 over 
     prompt_id="b",
     prompt_ids=[50],
     completions=[[60, 61, 62, 1], [63, 1], [64, 65, 1], [66, 1]],
-    pairs=(Pair(0, 1, 0.9, 2.0), Pair(2, 1, 0.8, 0.5), Pair(3, 2, 0.6, 1.0)),
+    pairs=(Pair(0, 1, 0.9, 2.0), Pair(2, 1, 1.0, 0.5), Pair(3, 2, 0.6, 1.0)),
 )
 
 
@@ -74,9 +74,9 @@ def expected_loss(model: Any, confident: bool) -> Tensor:
 
     Ordered pairs (worse, better): (3,2), (3,0), (1,2), (1,0), (1,3), weight 1; with confidence
     (1,3) counts 2 * 0.7 - 1 = 0.4, and (1,0), where the judge's 0.6 was for 1, counts nothing.
-    COMPARED: win rates 0: 0.9, 1: 0.15, 2: (0.8 + 0.4) / 2 = 0.6, 3: 0.6: so 0, then 2 and 3
-    tied, then 1. Pair (2,3) is a tie there: no term. (1,0) counts 2, (1,2) 0.5; no other was
-    compared.
+    COMPARED: win rates by weight 0: 0.9, 1: 0.2 / 2.5, 2: (0.5 * 1 + 0.4) / 1.5 = 0.6, 3: 0.6: so
+    0, then 2 and 3 tied, then 1. Pair (2,3) is a tie there: no term. (1,0) counts 2, (1,2) 0.5; no
+    other was compared.
     Group weights: 1 and 3.5 / 3. Best of the second is 0.
     """
     sums, p = mean_logprobs(model, RANKED)
@@ -86,7 +86,7 @@ def expected_loss(model: Any, confident: bool) -> Tensor:
     first = sum(c * torch.relu(p[i] - p[j] + 0.3) for (i, j), c in order.items())
     first = first - (sums[2] + sums[0]) / 2
     sums, p = mean_logprobs(model, COMPARED)
-    weights = {(1, 0): 2.0 * (0.8 if confident else 1), (1, 2): 0.5 * (0.6 if confident else 1)}
+    weights = {(1, 0): 2.0 * (0.8 if confident else 1), (1, 2): 0.5}
     second = sum(c * torch.relu(p[i] - p[j] + 0.3) for (i, j), c in weights.items())
     weight = 3.5 / 3
     return (first + second - weight * sums[0]) / (1 + weight)
