@@ -32,7 +32,8 @@ class TrainOptions:
     output: Path
     """Folder for the trained model, its card, metrics and checkpoints."""
     model: str = "pocket:policy"
-    """Model to start from: a folder, a Hub name, or an embedded model such as pocket:policy."""
+    """Model to start from: a folder, a Hub name, or an embedded model such as pocket:policy. A LoRA
+    adapter is merged into its base first."""
     revision: str | None = None
     """Model revision (commit or tag) on the Hub."""
     tokenizer: str | None = None

@@ -20,6 +20,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from feedback.errors import InputError
+from train.adapters import load_pretrained
 from train.attention import NAME, attention_inputs, check_supported
 from train.config import ModelShape, TrainOptions
 from train.logprobs import TokenLogprobs, sum_per_completion, token_logprobs
@@ -173,10 +174,7 @@ def _from_pretrained(name: str, options: TrainOptions, kind: str, dtype: torch.d
     loader = AutoModelForCausalLM if kind == "causal" else AutoModelForSequenceClassification
     if kind == "reward":
         arguments["num_labels"] = 1
-    try:
-        return loader.from_pretrained(name, **arguments)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot load model {name!r}: {error}") from error
+    return load_pretrained(loader, name, **arguments)
 
 
 def _quantization(quantize: str) -> Any:

@@ -32,10 +32,16 @@ logger = logging.getLogger(__name__)
 
 
 def weights_hash(model: Any) -> str:
-    """Return the sha256 of all weights, names and types included; adapters are left out."""
+    """Return the sha256 of all weights, names and types included.
+
+    Adapters that ``without_adapters`` switches off are left out: they do not make the reference.
+    """
+    from peft import PeftModel
+
+    removable = isinstance(model, PeftModel)
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
-        if "lora_" in name:
+        if removable and "lora_" in name:
             continue
         # The same weight has another name inside PEFT's wrappers.
         plain = name.replace("base_model.model.", "").replace(".base_layer", "")

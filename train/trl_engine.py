@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import Sampler
 
-from feedback.errors import InputError, RecipeError
+from feedback.errors import RecipeError
+from train.adapters import load_pretrained
 from train.batches import StepDataset
 from train.chat import DataReport
 from train.config import DpoOptions, RewardOptions, SftOptions, TrainOptions
@@ -243,12 +244,9 @@ def _load(options: TrainOptions, *, kind: str, name: str | None = None) -> Any:
         "revision": options.revision if name is None else None,
         "trust_remote_code": options.trust_remote_code,
     }
-    try:
-        if kind == "causal":
-            return AutoModelForCausalLM.from_pretrained(wanted, **arguments)
-        return AutoModelForSequenceClassification.from_pretrained(wanted, num_labels=1, **arguments)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot load model {wanted!r}: {error}") from error
+    if kind == "causal":
+        return load_pretrained(AutoModelForCausalLM, wanted, **arguments)
+    return load_pretrained(AutoModelForSequenceClassification, wanted, num_labels=1, **arguments)
 
 
 def _pairs(options: Any, tokenizer: Any, *, soft_labels: bool, ties: Any) -> _Data:
