@@ -53,6 +53,7 @@ from train.training_data import read_training_data
 __all__ = ["RewardObjective", "run"]
 
 REPORT = "report.json"
+_COMPARED = 32  # prompts on which a merged model is compared with the trained one
 
 
 class RewardObjective:
@@ -226,7 +227,7 @@ def _train_member(
         report=report,
     )
     if options.lora_rank and PartialState().is_main_process:
-        merge_adapters(model, tokenizer, options.output)
+        merge_adapters(model, tokenizer, options, groups=groups[:_COMPARED])
     return trained
 
 

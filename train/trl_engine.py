@@ -149,7 +149,7 @@ def run_reward(options: RewardOptions) -> None:
     adapted = add_adapters(model, options, modules_to_save=("score",))
     _train(options, "reward", RewardTrainer, arguments, adapted, tokenizer, data, rows)
     if options.lora_rank:
-        merge_adapters(adapted, tokenizer, options.output)
+        merge_adapters(adapted, tokenizer, options, groups=())
 
 
 def run_dpo(options: DpoOptions) -> None:
