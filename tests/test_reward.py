@@ -324,6 +324,23 @@ def test_adapters_are_merged_into_a_whole_model(tiny_model: Path, tmp_path: Path
     assert read_report(tmp_path / "rm")["accuracy"]["value"] > 0.6
 
 
+def test_the_head_moves_in_bfloat16_beside_adapters(tiny_model: Path, tmp_path: Path) -> None:
+    """Steps of 1e-5 are lost on bfloat16 weights without float32 copies."""
+    from safetensors.torch import load_file
+
+    data = write_rows(tmp_path / "preferences.jsonl", preferences(16))
+    fields = LEARN | {"learning_rate": 1e-5, "precision": "bfloat16", "eval_share": 0.0}
+    settings = options(
+        tiny_model, tmp_path / "rm", data=(data,), lora_rank=2, **fields | {"epochs": 30.0}
+    )
+    tokenizer = load_tokenizer(settings)
+    start = load_model(settings, tokenizer=tokenizer, kind="reward")
+    start_reward_model(start, tokenizer, seed=settings.seed)
+    run(settings)
+    head = load_file(tmp_path / "rm" / "model.safetensors")["score.weight"]
+    assert int((head != start.score.weight).sum()) > 16  # of 64; without the copies 1 or 2
+
+
 def test_continues_from_a_reward_model_with_its_head(tiny_model: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "preferences.jsonl", preferences(40))
     run(options(tiny_model, tmp_path / "rm", data=(data,), **LEARN))

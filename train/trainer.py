@@ -210,7 +210,8 @@ class PackedTrainer(Trainer):
             groups = parameter_groups(trained, options.weight_decay)
             if not groups:
                 raise InputError("nothing to train: the model has no trainable parameters")
-            rounded = groups[0]["params"][0].dtype == torch.bfloat16
+            # Any of them: adapters are float32 beside a score head in bfloat16.
+            rounded = any(p.dtype == torch.bfloat16 for group in groups for p in group["params"])
             if rounded and self.packing.processes > 1:
                 raise InputError(
                     "precision bfloat16 keeps its float32 copies on one process; use autocast with "
