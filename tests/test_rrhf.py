@@ -21,6 +21,7 @@ from train.data import Group, Pair
 from train.models import load_model, load_tokenizer
 from train.packing import pack_groups
 from train.rrhf import RrhfObjective, iterate, rank_candidates, run
+from train.trainer import PackedTrainer
 
 
 def options(tiny: Path, output: Path, **given: Any) -> RrhfOptions:
@@ -127,6 +128,22 @@ def test_packed_equals_the_paper_unpacked(
     torch.testing.assert_close(packed, expected, atol=1e-5, rtol=1e-5)
     for ours, theirs in zip(gradients(model, packed), gradients(model, expected), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_the_evaluation_loss_is_that_of_all_rows_at_once(
+    model: Any, tiny_model: Path, tmp_path: Path, batch_size: int
+) -> None:
+    settings = options(tiny_model, tmp_path, batch_size=batch_size)
+    groups = rank_candidates([RANKED, COMPARED, RANKED], DataReport(), settings)
+    objective = RrhfObjective(settings)
+    batch = with_layout(pack_groups(groups), "blocks")
+    with torch.no_grad():
+        expected = objective.loss(model, batch, objective.counts(groups)).loss
+    trainer = PackedTrainer(
+        model=model, options=settings, objective=objective, groups=groups, eval_groups=groups
+    )
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_packed_equals_unpacked_in_bfloat16(tiny_model: Path, tmp_path: Path) -> None:
