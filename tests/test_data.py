@@ -407,6 +407,25 @@ def test_bad_rows_name_file_and_line(
     assert f"{path}:2:" in str(caught.value)
 
 
+@pytest.mark.parametrize("completion_only", [True, False])
+def test_text_rows_split_by_row_and_others_by_prompt(
+    tmp_path: Path, tokenizer: Any, completion_only: bool
+) -> None:
+    """All pieces of a text are on one side, and all completions of a prompt."""
+    rows = [{"id": f"text {i}", "text": f"{i} " + "x" * 20} for i in range(40)]
+    rows += [
+        {"prompt_id": f"prompt {i // 2}", "prompt": f"q{i // 2}", "completion": f"a{i}"}
+        for i in range(80)
+    ]
+    groups, _ = documents(
+        tmp_path / "a.jsonl", rows, tokenizer, max_length=16, completion_only=completion_only
+    )
+    train, held_out = ({g.prompt_id for g in s} for s in split_by_prompt(groups, 0.3, seed=0))
+    assert not train & held_out
+    for kind in ("text", "prompt"):
+        assert 4 <= sum(name.startswith(kind) for name in held_out) <= 24  # of 40
+
+
 def test_unused_fields_are_counted(tmp_path: Path, tokenizer: Any) -> None:
     rows = [{"text": "a", "lable": 1}, {"text": "b", "lable": 2}]
     _, report = documents(tmp_path / "a.jsonl", rows, tokenizer)

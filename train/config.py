@@ -121,7 +121,7 @@ class TrainOptions:
     """Shard folders or files to evaluate on."""
     eval_share: float = 0.0
     """Share of the training data's prompts held out for evaluation when eval_data is not given;
-    the split is by prompt."""
+    the split is by prompt, that of texts by row."""
     eval_every: int = 0
     """Steps between evaluations; 0: only at the end."""
     save_every: int = 0

@@ -72,6 +72,9 @@ class Group:
     """One score per completion, higher is better; empty: none known."""
     ranking: tuple[tuple[int, ...], ...] = ()
     """Tied groups of completion indices, best first; empty: none known."""
+    source: str = ""
+    """What the group came from, where its prompt does not say it (a text's is its start token):
+    ``split_by_prompt`` keeps groups of one source on one side; empty: those of one prompt."""
     ref_logps: tuple[float, ...] = ()
     """Reference log-probability of each completion, once known."""
     ref_logprobs: Sequence[np.ndarray] = ()
@@ -379,15 +382,16 @@ def split_by_prompt(
 ) -> tuple[list[Group], list[Group]]:
     """Return (training, evaluation) groups; all groups of one prompt land on the same side.
 
-    Which side is decided by a hash of the prompt's tokens and the seed, so that it does not change
-    when other rows come or go.
+    Which side is decided by a hash of the prompt's tokens (or of ``source``) and the seed, so that
+    it does not change when other rows come or go.
     """
     if not share:
         return list(groups), []
     train: list[Group] = []
     held_out: list[Group] = []
     for group in groups:
-        key = content_id(seed, [int(token) for token in group.prompt_ids], length=12)
+        what = group.source or [int(token) for token in group.prompt_ids]
+        key = content_id(seed, what, length=12)
         (held_out if int(key, 16) < share * 16**12 else train).append(group)
     if not train or not held_out:
         raise InputError(
