@@ -177,6 +177,23 @@ def test_order_alone_implies_pairs(tmp_path: Path, tokenizer: Any) -> None:
     )
 
 
+def test_rankings_without_two_judged_completions_are_left_out(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    empty = ranking(ranking=[])
+    alone = ranking(completions=["a"], scores=[1.0], ranking=[[0]])
+    groups, report = read(write(tmp_path / "r", "rankings", [empty, ranking(), alone]), tokenizer)
+    assert (len(groups), report.unjudged) == (1, 2)
+    assert any("2 rankings left out" in warning for warning in report.warnings)
+    for name, kind, row, counted in (
+        ("e", "rankings", empty, "1 with fewer than two"),
+        ("a", "rankings", alone, "1 with fewer than two"),
+        ("w", "preferences", preference("Hi", "a", "b", weight=0.0), "1 of weight 0"),
+    ):
+        with pytest.raises(InputError, match=counted):
+            read(write(tmp_path / name, kind, [row]), tokenizer)
+
+
 @pytest.mark.parametrize(
     "fields",
     [{"scores": [1.0]}, {"ranking": [[0], [3]]}, {"ranking": [[0], [1, 0]]}],

@@ -432,6 +432,16 @@ def test_listwise_needs_rankings_and_rpo_needs_margins(tmp_path: Path, tiny_mode
         train(tmp_path, tiny_model, rows, loss="rpo")
 
 
+@pytest.mark.parametrize("loss", ["gdpo", "robust"])
+def test_losses_to_which_a_tie_is_nothing_refuse_ties_alone(
+    tmp_path: Path, tiny_model: Path, loss: str
+) -> None:
+    rows = [dataclasses.replace(row, p_chosen=0.5, tie=True) for row in preferences(8)]
+    smoothing = 0.1 if loss == "robust" else 0.0
+    with pytest.raises(InputError, match="learns nothing"):
+        train(tmp_path, tiny_model, rows, loss=loss, label_smoothing=smoothing)
+
+
 def test_dropping_ties_is_counted(tmp_path: Path, tiny_model: Path) -> None:
     rows: list[Preference | Ranking] = list(preferences(24))
     rows += [

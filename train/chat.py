@@ -38,6 +38,8 @@ class DataReport:
     """Pairs dropped because both completions are equal after normalisation."""
     weightless: int = 0
     """Rows left out because their weight is 0."""
+    unjudged: int = 0
+    """Rankings left out because fewer than two of their completions were judged."""
     unlabelled: int = 0
     """Groups dropped because no label is left in them."""
     truncated_completions: int = 0

@@ -111,7 +111,7 @@ def read_groups(
 
     What a label says is settled here, once for all losses: a pair's chosen side is the one that is
     preferred (p >= 1/2, whichever way round the row has it); a tie has p = 1/2, and p = 1/2 is a
-    tie; rows of weight 0 are left out.
+    tie; rows of weight 0, and rankings of fewer than two, are left out.
 
     Args:
         sources: shard folders, or JSONL files; a file's first line says which rows it holds.
@@ -241,6 +241,9 @@ def _ranking_draft(row: Ranking, report: DataReport) -> _Draft:
     for first, second, p in row.comparisons:
         chosen, rejected, p = (first, second, p) if p >= 0.5 else (second, first, 1 - p)
         draft.pairs.append(Pair(places[chosen], places[rejected], p, 1.0, p == 0.5, 2 * p - 1))
+    if not draft.pairs and len(members) < 2:
+        report.unjudged += 1
+        return _Draft(row.prompt_id, row.prompt)
     draft.rankings.append(row)
     return draft
 
@@ -358,13 +361,18 @@ def _summarise(
     if not groups:
         raise InputError(
             f"no labelled completions to train on ({report.rows} rows read, {report.identical} "
-            f"identical, {report.weightless} of weight 0, {report.dropped_overlong} too long)",
+            f"identical, {report.weightless} of weight 0, {report.unjudged} with fewer than two "
+            f"judged completions, {report.dropped_overlong} too long)",
             path=named,
         )
     if report.identical:
         report.warn(f"{report.identical} rows dropped: their completions are the same text")
     if report.weightless:
         report.warn(f"{report.weightless} rows left out: their weight is 0")
+    if report.unjudged:
+        report.warn(
+            f"{report.unjudged} rankings left out: fewer than two of their completions are judged"
+        )
     if report.truncated_completions or report.truncated_prompts:
         report.warn(
             f"{report.truncated_completions} completions and {report.truncated_prompts} prompts "

@@ -249,6 +249,8 @@ def _usable(groups: Sequence[Group], options: DpoOptions, report: DataReport) ->
     groups = with_ranked_pairs(groups)
     if options.loss == "rpo" and not any(p.margin for group in groups for p in group.pairs):
         raise InputError("loss rpo needs margins (score gaps), and every row's margin is 0")
+    if options.loss in ("gdpo", "robust") and all(p.tie for g in groups for p in g.pairs):
+        raise InputError(f"every pair is a tie, from which loss {options.loss} learns nothing")
     if options.ties == "use":
         return list(groups)
     decided = [
