@@ -196,14 +196,23 @@ def test_rankings_without_two_judged_completions_are_left_out(
 
 @pytest.mark.parametrize(
     "fields",
-    [{"scores": [1.0]}, {"ranking": [[0], [3]]}, {"ranking": [[0], [1, 0]]}],
+    [
+        {"scores": [1.0]},
+        {"ranking": [[0], [3]]},
+        {"ranking": [[0], [1, 0]]},
+        {"comparisons": [(0, 5, 0.7)]},
+        {"comparisons": [(-1, 0, 0.7)]},
+        {"comparisons": [(1, 1, 0.7)]},
+        {"comparisons": [(0, 1, 1.9)]},
+    ],
 )
 def test_inconsistent_rankings_are_refused(
     tmp_path: Path, tokenizer: Any, fields: dict[str, Any]
 ) -> None:
-    path = write(tmp_path / "r", "rankings", [ranking(**fields)])
-    with pytest.raises(InputError, match="prompt '1'"):
+    path = write(tmp_path / "r", "rankings", [ranking(), ranking(**fields)])
+    with pytest.raises(InputError, match="prompt '1'") as caught:
         read(path, tokenizer)
+    assert str(caught.value).startswith(f"{path / 'rankings-00000.jsonl'}:2: ")
 
 
 LONG = preference("Hi", "x" * 40, "short")  # 5 prompt tokens: <|user|> H i <eos> <|assistant|>

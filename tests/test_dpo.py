@@ -19,11 +19,12 @@ from tests.preference_rows import preferences, rankings, write_rows
 from train.attention import with_layout
 from train.batches import Packing, StepDataset
 from train.chat import DataReport
-from train.config import DpoOptions
+from train.config import DpoOptions, RewardOptions
 from train.data import Group, Pair
 from train.dpo import DpoObjective, DriftMonitor, pair_logps, run
 from train.models import CompletionLogps
 from train.packing import PackedBatch, pack_groups
+from train.reward import run as run_reward
 
 
 def options(**fields: Any) -> DpoOptions:
@@ -440,6 +441,22 @@ def test_losses_to_which_a_tie_is_nothing_refuse_ties_alone(
     smoothing = 0.1 if loss == "robust" else 0.0
     with pytest.raises(InputError, match="learns nothing"):
         train(tmp_path, tiny_model, rows, loss=loss, label_smoothing=smoothing)
+
+
+def test_thirteen_tied_are_refused_before_training(tmp_path: Path, tiny_model: Path) -> None:
+    names = [f"answer {number}" for number in range(13)]
+    tied = Ranking(
+        prompt="Hi", completions=names, scores=[None] * 13, ranking=[[*range(13)]], prompt_id="t"
+    )
+    with pytest.raises(InputError, match="'t': 13 completions are tied"):
+        train(tmp_path, tiny_model, [tied], loss="listwise")
+    with pytest.raises(InputError, match="'t': 13 completions are tied"):
+        data = str(tmp_path / "rows")
+        run_reward(
+            RewardOptions(
+                data=(data,), model=str(tiny_model), output=tmp_path / "rm", loss="plackett-luce"
+            )
+        )
 
 
 def test_dropping_ties_is_counted(tmp_path: Path, tiny_model: Path) -> None:

@@ -233,6 +233,12 @@ def _ranking_draft(row: Ranking, report: DataReport) -> _Draft:
         )
     if len(set(members)) != len(members):
         raise InputError(f"prompt {row.prompt_id!r}: a completion stands twice in {row.ranking}")
+    for first, second, p in row.comparisons:
+        if not (0 <= first < count and 0 <= second < count and first != second and 0 <= p <= 1):
+            raise InputError(
+                f"prompt {row.prompt_id!r}: comparison ({first}, {second}, {p}) is not of two of "
+                f"the {count} completions, with a probability"
+            )
     draft = _Draft(row.prompt_id, row.prompt)
     places = [draft.add(text) for text in row.completions]
     if len(draft.completions) != count:

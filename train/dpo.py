@@ -24,6 +24,7 @@ from train.batches import Counts
 from train.chat import DataReport
 from train.config import DpoOptions
 from train.data import Group, with_ranked_pairs
+from train.labels import require_small_ties
 from train.losses import (
     PairLogps,
     bradley_terry_loss,
@@ -243,6 +244,7 @@ def _usable(groups: Sequence[Group], options: DpoOptions, report: DataReport) ->
                 "loss listwise reads rankings, and the data holds none; give a rankings folder, "
                 "or use loss sigmoid"
             )
+        require_small_ties(kept)
         if len(kept) < len(groups):
             report.warn(f"{len(groups) - len(kept)} groups without a ranking are left out")
         return kept

@@ -13,8 +13,9 @@ from typing import Literal
 from feedback.errors import InputError
 from train.chat import DataReport
 from train.data import Group
+from train.losses_listwise import LARGEST_TIE, TieForm
 
-__all__ = ["label_pairs", "mean_weight", "ranked_from_labels"]
+__all__ = ["label_pairs", "mean_weight", "ranked_from_labels", "require_small_ties"]
 
 
 def label_pairs(
@@ -101,6 +102,23 @@ def _win_rates(group: Group) -> list[float | None]:
             won[member] += pair.weight * share
             weight[member] += pair.weight
     return [round(w / total, 9) if total else None for w, total in zip(won, weight, strict=True)]
+
+
+def require_small_ties(groups: Sequence[Group], form: TieForm = "average") -> None:
+    """Refuse rankings whose ties are too large for the exact Plackett-Luce loss.
+
+    Raises:
+        InputError: names the prompt.
+    """
+    for group in groups:
+        sizes = [len(tied) for tied in group.ranking]
+        size = sum(sizes) if form == "davidson" else max(sizes, default=0)
+        if size > LARGEST_TIE:
+            what = "ranked" if form == "davidson" else "tied for one place"
+            raise InputError(
+                f"prompt {group.prompt_id!r}: {size} completions are {what}, and exact "
+                f"Plackett-Luce takes {LARGEST_TIE} at most; use a loss on pairs, or drop some"
+            )
 
 
 def mean_weight(group: Group) -> float:

@@ -29,7 +29,7 @@ from train.batches import Counts
 from train.chat import DataReport
 from train.config import RewardOptions
 from train.data import Group, with_ranked_pairs
-from train.labels import label_pairs, mean_weight, ranked_from_labels
+from train.labels import label_pairs, mean_weight, ranked_from_labels, require_small_ties
 from train.losses import (
     bradley_terry_loss,
     centring_loss,
@@ -151,6 +151,7 @@ def _with_pairs(groups: list[Group], options: RewardOptions, report: DataReport)
     groups = with_ranked_pairs(groups)
     if options.loss == "plackett-luce":
         groups = ranked_from_labels(groups)
+        require_small_ties(groups, options.listwise_ties)
         soft = sum(pair.p not in (0.0, 0.5, 1.0) for group in groups for pair in group.pairs)
         if soft and options.soft_labels:
             report.warn(
