@@ -71,7 +71,8 @@ class TrainOptions:
     """Seed of data order and initial weights."""
 
     max_length: int = 2048
-    """Tokens of a prompt plus one of its completions, at most."""
+    """Tokens of a prompt plus one of its completions, at most; what is left must fit the model's
+    context."""
     overlong: Literal["truncate", "drop", "error"] = "truncate"
     """What happens to longer ones; both counts are reported. Truncated completions lose their end
     and their end-of-text token; a prompt of more than half of max_length loses its beginning."""

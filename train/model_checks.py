@@ -8,7 +8,7 @@ computed both ways, and what differs is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -19,11 +19,27 @@ from train.attention import AttentionKind, with_layout
 from train.data import Group
 from train.packing import PackedBatch, pack_groups
 
-__all__ = ["own_values", "require_same_values"]
+__all__ = ["own_values", "require_context", "require_same_values"]
 
 _SIZES = ((6, (9, 5)), (3, (7,)))  # tokens of the prompts and of their completions
 # Rounding in half precision; in float32 the order of sums is all that may differ.
 _LIMITS = {True: 1e-4, False: 8e-2}
+
+
+def require_context(config: Any, groups: Iterable[Group]) -> None:
+    """Refuse groups longer than the model's context: past it, positions mean nothing to it.
+
+    Raises:
+        InputError: names the prompt.
+    """
+    limit = config.get_text_config().to_dict().get("max_position_embeddings")
+    for group in groups:
+        longest = len(group.prompt_ids) + max(map(len, group.completions))
+        if limit and longest > limit:
+            raise InputError(
+                f"prompt {group.prompt_id!r} with a completion has {longest} tokens, the model's "
+                f"context {limit}: set max_length to {limit} at most, or use a model with more"
+            )
 
 
 def own_values(model: Any, kind: Literal["causal", "reward"]) -> list[Tensor]:

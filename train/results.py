@@ -34,7 +34,14 @@ from train.chat import DataReport
 from train.config import RewardOptions, TrainOptions
 from train.data import Group
 from train.model_card import write_model_card
-from train.models import load_model, resolve_device, resolve_model, resolve_precision
+from train.model_checks import require_context
+from train.models import (
+    base_model,
+    load_model,
+    resolve_device,
+    resolve_model,
+    resolve_precision,
+)
 from train.trainer import Objective, PackedTrainer, newest_checkpoint
 
 __all__ = ["Trained", "announce", "conclude", "finished", "fit"]
@@ -89,10 +96,12 @@ def fit(
         callbacks: transformers callbacks of the algorithm.
 
     Raises:
-        InputError: the folder holds a checkpoint of another run.
+        InputError: the folder holds a checkpoint of another run, or a group is longer than the
+            model's context.
     """
     started = time.perf_counter()
     output = options.output
+    require_context(base_model(model).config, [*groups, *eval_groups])
     output.mkdir(parents=True, exist_ok=True)
     state = PartialState(cpu=resolve_device(options.device) == "cpu")
     with state.main_process_first():

@@ -25,8 +25,10 @@ from train.config import DpoOptions, RewardOptions, SftOptions, TrainOptions
 from train.data import Group, split_by_prompt, with_ranked_pairs
 from train.documents import read_documents
 from train.labels import label_pairs
+from train.model_checks import require_context
 from train.models import (
     add_adapters,
+    base_model,
     load_tokenizer,
     resolve_device,
     resolve_model,
@@ -397,6 +399,7 @@ def _train(
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     started = time.perf_counter()
+    require_context(base_model(model).config, [*data.groups, *data.held_out])
     options.output.mkdir(parents=True, exist_ok=True)
     made = [rows(group) for group in data.groups]
     ends = list(itertools.accumulate(map(len, made)))
