@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -312,6 +313,13 @@ def test_ensembles_train_apart_and_score_together(tiny_model: Path, tmp_path: Pa
     rewards = ensemble.score_members(["I need a car today"], ["Of course, one car today."])
     assert rewards[0] != rewards[1]
     assert len(read_report(tmp_path / "rm")["ensemble"]["members"]) == 2
+    weights = tmp_path / "rm" / "member-1" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    run(dataclasses.replace(settings, rule="mean"))  # the members stay as they are
+    assert weights.stat().st_mtime_ns == before
+    assert read_report(tmp_path / "rm")["ensemble"]["rule"] == "mean"
+    mean = load_reward_model(tmp_path / "rm", device="cpu")
+    assert isinstance(mean, RewardEnsemble) and mean.rule == "mean"
 
 
 def test_adapters_are_merged_into_a_whole_model(tiny_model: Path, tmp_path: Path) -> None:

@@ -55,6 +55,9 @@ _FREE = {
     "report_to",
     "workers",
     "peak_tflops",
+    # How members that are trained already score together.
+    "rule",
+    "uwo_lambda",
 }
 RECORD = "training.json"
 

@@ -184,7 +184,9 @@ def run(options: RewardOptions) -> None:
         return  # one process writes what follows
     if options.members > 1:
         names = [folder.name for folder in folders]
-        save_ensemble(options.output, names, rule=options.rule, uwo_lambda=options.uwo_lambda)
+        rule: dict[str, Any] = {"rule": options.rule, "uwo_lambda": options.uwo_lambda}
+        if save_ensemble(options.output, names, **rule):
+            (options.output / REPORT).unlink(missing_ok=True)  # it was of another rule
     if not (options.resume and (options.output / REPORT).is_file()):
         _report(options, folders, groups, held_out)
 

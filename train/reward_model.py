@@ -313,11 +313,17 @@ def _require_same_scores(
         )
 
 
-def save_ensemble(folder: Path, members: Sequence[str], *, rule: Rule, uwo_lambda: float) -> None:
-    """Make ``folder`` an ensemble of the reward models in its subfolders ``members``."""
-    write_json(
-        folder / ENSEMBLE, {"members": list(members), "rule": rule, "uwo_lambda": uwo_lambda}
-    )
+def save_ensemble(folder: Path, members: Sequence[str], *, rule: Rule, uwo_lambda: float) -> bool:
+    """Make ``folder`` an ensemble of the reward models in its subfolders ``members``.
+
+    Returns whether it was another before, or none.
+    """
+    path = folder / ENSEMBLE
+    index = {"members": list(members), "rule": rule, "uwo_lambda": uwo_lambda}
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) == index:
+        return False
+    write_json(path, index)
+    return True
 
 
 def load_reward_model(
