@@ -13,8 +13,10 @@ from feedback.errors import InputError, ShardError
 from feedback.records import Preference, Ranking
 from feedback.shards import ShardWriter
 from train.chat import ChatFormat, DataReport
-from train.data import Group, Pair, read_groups, split_by_prompt, with_ranked_pairs
+from train.data import Group, Pair, read_groups, split_by_prompt
 from train.documents import read_documents
+from train.labels import with_ranked_pairs
+from train.training_data import warn_of_repeats
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +121,30 @@ def test_equal_completions_are_dropped_and_counted(tmp_path: Path, tokenizer: An
     groups, report = read(write(tmp_path / "p", "preferences", rows), tokenizer)
     assert (len(groups), report.identical) == (1, 1)
     assert any("same text" in warning for warning in report.warnings)
+
+
+def test_pairs_that_the_cut_makes_equal_are_dropped(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [preference("Hi", "a" * 60 + "b", "a" * 60 + "c"), preference("Hi", "a" * 60 + "b", "d")]
+    path = write(tmp_path / "p", "preferences", rows)
+    groups, report = read(path, tokenizer, max_length=40)
+    assert [len(group.completions) for group in groups] == [2]
+    assert (report.pairs, report.cut_equal, report.unlabelled) == (1, 1, 0)
+    assert any("completions are the same" in warning for warning in report.warnings)
+    assert read(path, tokenizer, max_length=200)[1].pairs == 2
+    path = write(tmp_path / "q", "preferences", rows[:1])
+    with pytest.raises(InputError, match="no labelled completions"):
+        read(path, tokenizer, max_length=40)
+
+
+def test_evaluation_prompts_that_are_trained_on_are_counted(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"prompt": "a", "completion": "x"}, {"text": "one"}, {"text": "two"}]
+    training, report = documents(tmp_path / "a.jsonl", rows, tokenizer)
+    others = [{"prompt": "a", "completion": "y"}, {"text": "two"}, {"text": "three"}]
+    held_out, _ = documents(tmp_path / "b.jsonl", others, tokenizer)
+    warn_of_repeats(training, held_out[2:], report)
+    assert report.warnings == []
+    warn_of_repeats(training, held_out, report)
+    assert "2 of 3 evaluation rows have a prompt of the training data" in report.warnings[0]
 
 
 def test_nothing_left_is_an_error(tmp_path: Path, tokenizer: Any) -> None:
@@ -277,6 +303,8 @@ def test_the_split_is_by_prompt_and_steady() -> None:
     }
     with pytest.raises(InputError, match="leaves a side empty"):
         split_by_prompt(groups(2), 0.01, seed=0)
+    with pytest.raises(InputError, match=r"all 20 rows share one prompt.*give eval_data"):
+        split_by_prompt(groups(1) * 20, 0.3, seed=0)
 
 
 def real_tokenizer(folder: Path) -> Any:
@@ -419,6 +447,8 @@ def test_a_conversation_as_prompt_and_completion(tmp_path: Path, tokenizer: Any)
         ("{", "not JSON"),
         ("[1]", "not a JSON object"),
         ('{"question": "a"}', "a row needs text"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c"}', "use rlaif dpo or rlaif reward"),
+        ('{"prompt": "a", "completions": ["b"], "ranking": [[0]]}', "use rlaif rrhf"),
         ('{"text": 3}', "wrong type"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "no assistant message"),
     ],
@@ -450,6 +480,18 @@ def test_text_rows_split_by_row_and_others_by_prompt(
     assert not train & held_out
     for kind in ("text", "prompt"):
         assert 4 <= sum(name.startswith(kind) for name in held_out) <= 24  # of 40
+
+
+def test_a_row_without_room_for_its_completion_is_dropped(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [
+        {"prompt": "abcdefghij" * 9, "completion": "xy"},
+        {"prompt": "a", "completion": "x" * 90},
+        {"prompt": "a", "completion": "x"},
+    ]
+    groups, report = documents(tmp_path / "a.jsonl", rows, tokenizer, max_length=40)
+    assert len(groups) == 2
+    assert (report.truncated_completions, report.dropped_overlong, report.unlabelled) == (1, 1, 0)
+    assert any("1 rows dropped" in warning for warning in report.warnings)
 
 
 def test_unused_fields_are_counted(tmp_path: Path, tokenizer: Any) -> None:

@@ -36,6 +36,9 @@ def test_dropping_ties_is_counted() -> None:
     assert "2 tied pairs" in report.warnings[0]
     with pytest.raises(InputError, match="ties to 'use'"):
         label_pairs(rows[1:], DataReport(), ties="drop")
+    alone = [Group(prompt_id="a", prompt_ids=[1], completions=[[2]])]
+    with pytest.raises(InputError, match="no prompt has two judged completions"):
+        label_pairs(alone, DataReport(), ties="use")
 
 
 def test_rankings_from_scores_and_single_pairs() -> None:

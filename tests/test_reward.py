@@ -322,6 +322,58 @@ def test_ensembles_train_apart_and_score_together(tiny_model: Path, tmp_path: Pa
     assert isinstance(mean, RewardEnsemble) and mean.rule == "mean"
 
 
+def test_length_decorrelation_of_single_pairs_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "preferences.jsonl", preferences(12))
+    learn = LEARN | {"max_steps": 1, "eval_share": 0.0, "length_decorrelation": 1.0}
+    alone = options(tiny_model, tmp_path / "rm", data=(data,), **learn, pack=False)
+    with pytest.raises(RecipeError, match="each row holds one; raise row_tokens"):
+        run(alone)
+    run(dataclasses.replace(alone, pack=True))
+
+
+def test_eval_data_that_is_trained_on_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "preferences.jsonl", preferences(8))
+    learn = LEARN | {"max_steps": 1, "eval_share": 0.0, "eval_data": (data,)}
+    run(options(tiny_model, tmp_path / "rm", data=(data,), **learn))
+    warnings = json.loads((tmp_path / "rm" / "training.json").read_text())["data_report"][
+        "warnings"
+    ]
+    assert any("8 of 8 evaluation rows" in warning for warning in warnings)
+
+
+def test_another_rule_trains_nothing_again(tiny_model: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "preferences.jsonl", preferences(16))
+    learn = LEARN | {"max_steps": 1}
+    settings = options(tiny_model, tmp_path / "rm", data=(data,), members=2, **learn)
+    run(settings)
+
+    def weights() -> list[int]:
+        found = sorted((tmp_path / "rm").glob("member-*/model.safetensors"))
+        return [path.stat().st_mtime_ns for path in found]
+
+    before, report = weights(), read_report(tmp_path / "rm")
+    run(dataclasses.replace(settings, rule="uwo", uwo_lambda=50.0))
+    assert weights() == before
+    ensemble = load_reward_model(tmp_path / "rm", device="cpu")
+    assert isinstance(ensemble, RewardEnsemble)
+    assert (ensemble.rule, ensemble.uwo_lambda) == ("uwo", 50.0)
+    assert read_report(tmp_path / "rm")["calibration"] != report["calibration"]
+    card = (tmp_path / "rm" / "README.md").read_text()
+    assert "an ensemble of 2 reward models" in card and "by rule `uwo`" in card
+    assert "[member-1](member-1/README.md)" in card and "load_reward_model" in card
+    assert 'rule = "uwo"' in card and "## Evaluation" in card
+
+
+def test_rankings_count_as_the_pairs_they_are_trained_on(tiny_model: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rankings.jsonl", rankings(8))
+    learn = LEARN | {"max_steps": 1, "eval_share": 0.0}
+    run(options(tiny_model, tmp_path / "rm", data=(data,), **learn))
+    found = json.loads((tmp_path / "rm" / "training.json").read_text())["data_report"]
+    assert found["pairs"] > 0
+    card = (tmp_path / "rm" / "README.md").read_text()
+    assert f"{found['rankings']} rankings, {found['pairs']} pairs ({found['ties']} ties)" in card
+
+
 def test_adapters_are_merged_into_a_whole_model(tiny_model: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "preferences.jsonl", preferences(40))
     run(options(tiny_model, tmp_path / "rm", data=(data,), lora_rank=4, **LEARN))

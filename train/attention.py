@@ -101,7 +101,8 @@ def check_supported(config: Any) -> None:
         what = ", ".join(sorted(kinds - {"full_attention"})) or "sliding_attention"
         raise InputError(
             f"model type {config.model_type!r} has {what} layers, which packed rows do not "
-            "reproduce; use --engine trl, or a model with full attention in all layers"
+            "reproduce: use a model with full attention in all layers (sft, reward and dpo also "
+            "run this one, with --engine trl)"
         )
 
 

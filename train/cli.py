@@ -19,6 +19,12 @@ from train.commands import COMMANDS, load
 
 __all__ = ["main", "parse_options"]
 
+# Options that some training commands have, and these do not.
+_ABSENT = {
+    ("rrhf", "engine"): "rrhf has only the packed engine",
+    ("ppo", "engine"): "ppo has only the packed engine",
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; return the exit code."""
@@ -65,6 +71,8 @@ def parse_options(kind: type[Any], name: str, words: list[str]) -> Any:
     table = {} if recipe is None else recipe_table(recipe, name)
     if name in ("run", "compare") and recipe is not None:
         table = {**table, "recipe": recipe}
+    for key in table:
+        _check_present(name, key, recipe)
     default = _with_missing(kind, table, recipe)
     if not {"-h", "--help"} & set(words):
         _check_words(kind, name, words, given=set(table))
@@ -83,6 +91,7 @@ def _check_words(kind: type[Any], name: str, words: list[str], *, given: set[str
     used = {word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
     for option in sorted(used):
         if option not in known:
+            _check_present(name, option.removeprefix("--"))
             raise RecipeError(
                 f"rlaif {name}: unknown option {option}{nearest(option, known)} "
                 f"(rlaif {name} --help lists them)"
@@ -91,6 +100,13 @@ def _check_words(kind: type[Any], name: str, words: list[str], *, given: set[str
     needed = [f"--{key}".replace("_", "-") for key in required_fields(kind)]
     if missing := [option for option in needed if option not in filled]:
         raise RecipeError(f"rlaif {name} needs {', '.join(missing)} (or a --recipe that has them)")
+
+
+def _check_present(name: str, option: str, recipe: str | None = None) -> None:
+    """Refuse an option that only other commands have, in words of its own."""
+    absent = _ABSENT.get((name, option.replace("-", "_")))
+    if absent is not None:
+        raise RecipeError(f"{absent}: leave {option} out", path=recipe)
 
 
 def _option_names(kind: type[Any], prefix: str = "--", *, of: type | None = None) -> list[str]:
@@ -107,11 +123,22 @@ def _option_names(kind: type[Any], prefix: str = "--", *, of: type | None = None
 
 
 def _with_missing(kind: type[Any], table: dict[str, Any], recipe: str | None) -> Any:
-    """Build options from a recipe table; what it lacks stays for the command line."""
+    """Return a recipe table's options; what it lacks stays for the command line.
+
+    Nothing is checked yet: the command line may hold what makes the recipe's options work.
+    """
     import tyro
 
     values = option_values(kind, table, path=recipe)
-    return kind(**{name: tyro.MISSING for name in required_fields(kind)} | values)
+    options = object.__new__(kind)
+    for entry in dataclasses.fields(kind):
+        default = entry.default
+        if entry.default_factory is not dataclasses.MISSING:
+            default = entry.default_factory()
+        if default is dataclasses.MISSING:
+            default = tyro.MISSING
+        object.__setattr__(options, entry.name, values.get(entry.name, default))
+    return options
 
 
 def _name_first(kind: type[Any], words: list[str]) -> list[str]:

@@ -9,7 +9,6 @@ Knows nothing about torch, rows or losses. Text rows for SFT are in ``train/docu
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +35,6 @@ __all__ = [
     "TokenIds",
     "read_groups",
     "split_by_prompt",
-    "with_ranked_pairs",
 ]
 
 Overlong = Literal["truncate", "drop", "error"]
@@ -292,9 +290,24 @@ def _fit(group: Group, max_length: int, overlong: Overlong, report: DataReport) 
         prompt = prompt[-room:]
     space = max_length - len(prompt)
     report.truncated_completions += sum(len(ids) > space for ids in group.completions)
-    return dataclasses.replace(
+    cut = dataclasses.replace(
         group, prompt_ids=prompt, completions=tuple(ids[:space] for ids in group.completions)
     )
+    return _without_equal(cut, report)
+
+
+def _without_equal(group: Group, report: DataReport) -> Group | None:
+    """Return a cut group without the labels of completions that are equal now; None: none left."""
+    texts = [np.asarray(ids).tobytes() for ids in group.completions]
+    if len(set(texts)) == len(texts):
+        return group
+    kept = [pair for pair in group.pairs if texts[pair.chosen] != texts[pair.rejected]]
+    report.cut_equal += 1 if group.ranking else len(group.pairs) - len(kept)
+    if group.ranking or not kept:
+        report.unlabelled += 1
+        return None
+    members = {member for pair in kept for member in pair[:2]}
+    return _subset(dataclasses.replace(group, pairs=tuple(kept)), sorted(members))
 
 
 def _subset(group: Group, keep: Sequence[int]) -> Group | None:
@@ -363,6 +376,11 @@ def _summarise(
     report.tokens = sum(
         len(group.prompt_ids) + sum(map(len, group.completions)) for group in groups
     )
+    if report.cut_equal:
+        report.warn(
+            f"{report.cut_equal} pairs or rankings dropped: cut to max_length {max_length}, their "
+            "completions are the same; raise it"
+        )
     named = ", ".join(map(str, sources))
     if not groups:
         raise InputError(
@@ -403,40 +421,18 @@ def split_by_prompt(
         return list(groups), []
     train: list[Group] = []
     held_out: list[Group] = []
-    for group in groups:
-        what = group.source or [int(token) for token in group.prompt_ids]
-        key = content_id(seed, what, length=12)
+    origins = [group.source or [int(token) for token in group.prompt_ids] for group in groups]
+    for group, origin in zip(groups, origins, strict=True):
+        key = content_id(seed, origin, length=12)
         (held_out if int(key, 16) < share * 16**12 else train).append(group)
     if not train or not held_out:
+        if all(origin == origins[0] for origin in origins):
+            raise InputError(
+                f"eval_share {share} leaves a side empty: all {len(groups)} rows share one prompt, "
+                "so a split by prompt is impossible; give eval_data"
+            )
         raise InputError(
             f"eval_share {share} of {len(groups)} groups leaves a side empty; change it or give "
             "eval_data"
         )
     return train, held_out
-
-
-def with_ranked_pairs(groups: Sequence[Group]) -> list[Group]:
-    """Return the groups, rankings without compared pairs given the pairs that their order implies.
-
-    Each two ranked completions make a pair: p = 1 for the better one (the margin is the gap of
-    their scores, where both have one), or a tie at p = 0.5 within a tied group.
-    """
-    return [
-        group
-        if group.pairs or not group.ranking
-        else dataclasses.replace(group, pairs=tuple(_implied_pairs(group)))
-        for group in groups
-    ]
-
-
-def _implied_pairs(group: Group) -> Iterator[Pair]:
-    for place, tied in enumerate(group.ranking):
-        for number, better in enumerate(tied):
-            yield from (Pair(better, other, 0.5, 1.0, True) for other in tied[number + 1 :])
-            for worse in itertools.chain(*group.ranking[place + 1 :]):
-                yield Pair(better, worse, margin=_score_gap(group, better, worse))
-
-
-def _score_gap(group: Group, better: int, worse: int) -> float:
-    high, low = (group.scores[i] if group.scores else None for i in (better, worse))
-    return max(0.0, high - low) if high is not None and low is not None else 0.0

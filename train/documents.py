@@ -106,14 +106,26 @@ def _all_rows(
     for path in _files(sources):
         for line, row in _rows(path):
             report.rows += 1
-            for document in _documents(row):
+            try:
+                documents = list(_documents(row))
+            except InputError as error:
+                raise InputError(str(error), path=path, line=line) from error
+            for document in documents:
                 unknown.update(document.keys() - _KNOWN - _IGNORED)
                 yield _parse(document, chat, path=path, line=line)
 
 
 def _documents(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the row itself, or for a row of candidates one row per completion."""
+    """Yield the row itself, or for a row of candidates one row per completion.
+
+    Raises:
+        InputError: it is a ranking, whose last completion is as much text as its best.
+    """
     completions = row.get("completions")
+    if "ranking" in row and isinstance(completions, list):
+        raise InputError(
+            "these are rankings, which sft does not read: use rlaif rrhf, rlaif reward or rlaif dpo"
+        )
     if "prompt" not in row or not isinstance(completions, list):
         yield row
         return
@@ -173,6 +185,12 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _parse(row: dict[str, Any], chat: ChatFormat, *, path: Path, line: int) -> _Row:
     kind = next((kind for kind in _KINDS if all(key in row for key in kind)), None)
+    if kind is None and {"chosen", "rejected"} <= row.keys():
+        raise InputError(
+            "these are preferences, which sft does not read: use rlaif dpo or rlaif reward",
+            path=path,
+            line=line,
+        )
     if kind is None:
         raise InputError(
             f"has {', '.join(sorted(row)) or 'no fields'}; a row needs text, or messages, or "
@@ -252,8 +270,11 @@ def _fit(
         report.dropped_overlong += 1
         return []
     else:
-        report.truncated_completions += 1
         pieces = [_cut(document, 0, max_length)]
+        if _group(pieces[0]) is None:  # its prompt alone is too long
+            report.dropped_overlong += 1
+            return []
+        report.truncated_completions += 1
     made = [_group(piece) for piece in pieces]
     kept = [group for group in made if group is not None]
     report.unlabelled += len(made) - len(kept)

@@ -23,8 +23,8 @@ from feedback.errors import InputError
 from train.batches import Counts
 from train.chat import DataReport
 from train.config import DpoOptions
-from train.data import Group, with_ranked_pairs
-from train.labels import require_small_ties
+from train.data import Group
+from train.labels import require_small_ties, with_ranked_pairs
 from train.losses import (
     PairLogps,
     bradley_terry_loss,
@@ -142,7 +142,10 @@ class DpoObjective:
         top = detached.masked_fill(~best, -torch.inf).amax(1)
         rest = detached.masked_fill(best | ~scores.mask, -torch.inf).amax(1)
         count = float(len(sizes))
+        first = batch.ranks == 0
+        drift = (policy.logps - batch.ref_logps).detach() / batch.lengths.clamp(min=1)
         metrics: Metrics = {
+            "logps/chosen_drift": (drift[first].sum(), first.sum()),
             "rewards/best": (detached[best].sum(), float(best.sum())),
             "rewards/accuracies": ((top > rest).sum(), count),
         }

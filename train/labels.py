@@ -7,15 +7,22 @@ from. What is dropped is counted in the report.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from feedback.errors import InputError
 from train.chat import DataReport
-from train.data import Group
+from train.data import Group, Pair
 from train.losses_listwise import LARGEST_TIE, TieForm
 
-__all__ = ["label_pairs", "mean_weight", "ranked_from_labels", "require_small_ties"]
+__all__ = [
+    "label_pairs",
+    "mean_weight",
+    "ranked_from_labels",
+    "require_small_ties",
+    "with_ranked_pairs",
+]
 
 
 def label_pairs(
@@ -52,6 +59,8 @@ def label_pairs(
             kept.append(dataclasses.replace(group, pairs=tuple(pairs)))
     if dropped:
         report.warn(f"{dropped} tied pairs left out; ties = 'use' trains on them")
+    if not kept and not dropped:
+        raise InputError("no pair to train on: no prompt has two judged completions")
     if not kept:
         raise InputError(f"no pair to train on: all {dropped} are ties; set ties to 'use'")
     return kept
@@ -125,3 +134,30 @@ def mean_weight(group: Group) -> float:
     """Return what a group counts: the mean weight of its pairs that count, 0 without any."""
     weights = [pair.weight for pair in group.pairs if pair.weight > 0]
     return sum(weights) / len(weights) if weights else 0.0
+
+
+def with_ranked_pairs(groups: Sequence[Group]) -> list[Group]:
+    """Return the groups, rankings without compared pairs given the pairs that their order implies.
+
+    Each two ranked completions make a pair: p = 1 for the better one (the margin is the gap of
+    their scores, where both have one), or a tie at p = 0.5 within a tied group.
+    """
+    return [
+        group
+        if group.pairs or not group.ranking
+        else dataclasses.replace(group, pairs=tuple(_implied_pairs(group)))
+        for group in groups
+    ]
+
+
+def _implied_pairs(group: Group) -> Iterator[Pair]:
+    for place, tied in enumerate(group.ranking):
+        for number, better in enumerate(tied):
+            yield from (Pair(better, other, 0.5, 1.0, True) for other in tied[number + 1 :])
+            for worse in itertools.chain(*group.ranking[place + 1 :]):
+                yield Pair(better, worse, margin=_score_gap(group, better, worse))
+
+
+def _score_gap(group: Group, better: int, worse: int) -> float:
+    high, low = (group.scores[i] if group.scores else None for i in (better, worse))
+    return max(0.0, high - low) if high is not None and low is not None else 0.0

@@ -238,9 +238,16 @@ def _from_scratch(shape: ModelShape, tokenizer: Any, seed: int) -> Any:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
+    with _seeded(seed):
+        return LlamaForCausalLM(config)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Draw new weights from ``seed``, and leave the process's own random state as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        yield
 
 
 def _switch_off_dropout(model: nn.Module) -> None:
@@ -389,7 +396,7 @@ def compile_layers(model: Any, mode: str, *, activation_budget: float = 0.9) -> 
 def add_adapters(
     model: Any, options: TrainOptions, *, modules_to_save: tuple[str, ...] = ()
 ) -> Any:
-    """Return the model with LoRA adapters, or as it is when ``lora_rank`` is 0.
+    """Return the model with LoRA adapters drawn from the seed, or as it is with ``lora_rank`` 0.
 
     Raises:
         InputError: the output embedding is among the targets, or none of the targets exist.
@@ -414,7 +421,8 @@ def add_adapters(
         task_type="CAUSAL_LM" if not modules_to_save else "SEQ_CLS",
     )
     try:
-        return get_peft_model(model, config)
+        with _seeded(options.seed):
+            return get_peft_model(model, config)
     except ValueError as error:
         raise InputError(f"lora_targets {targets}: {error}") from error
 

@@ -24,7 +24,6 @@ from feedback.errors import InputError
 from feedback.records import content_id
 from feedback.shards import (
     MANIFEST,
-    manifest_sha256,
     package_versions,
     read_manifest,
     write_json,
@@ -33,6 +32,7 @@ from train.adapters import adapter_config, apply_adapter
 from train.chat import DataReport
 from train.config import RewardOptions, TrainOptions
 from train.data import Group
+from train.identity import file_identity, model_identity, source_identity
 from train.model_card import write_model_card
 from train.model_checks import require_context
 from train.models import (
@@ -46,7 +46,8 @@ from train.trainer import Objective, PackedTrainer, newest_checkpoint
 
 __all__ = ["Trained", "announce", "conclude", "finished", "fit"]
 
-# Options that change where or how fast a run goes, not what it computes.
+# Options that change where or how fast a run goes, not what it computes; and how an ensemble's
+# scores are combined, which no member's training knows of.
 _FREE = {
     "output",
     "resume",
@@ -55,7 +56,6 @@ _FREE = {
     "report_to",
     "workers",
     "peak_tflops",
-    # How members that are trained already score together.
     "rule",
     "uwo_lambda",
 }
@@ -191,15 +191,15 @@ def _fingerprint(options: TrainOptions, command: str) -> str:
 
 def _identity(options: TrainOptions) -> dict[str, Any]:
     values = {k: v for k, v in dataclasses.asdict(options).items() if k not in _FREE}
-    values["data_identity"] = [_source_identity(Path(source)) for source in options.data]
+    values["data_identity"] = [source_identity(Path(source)) for source in options.data]
+    values["eval_data_identity"] = [source_identity(Path(source)) for source in options.eval_data]
+    values["weights_identity"] = model_identity(options.model)
+    values["tokenizer_identity"] = model_identity(options.tokenizer)
+    values["chat_template_identity"] = (
+        options.chat_template and file_identity(options.chat_template)
+    )  # fmt: skip
+    values["reference_identity"] = model_identity(values.get("reference_model"))
     return json.loads(json.dumps(values, default=str, sort_keys=True))
-
-
-def _source_identity(source: Path) -> str:
-    if source.is_dir() and (source / MANIFEST).is_file():
-        return manifest_sha256(source)
-    files = sorted(source.iterdir()) if source.is_dir() else [source]
-    return content_id([(file.name, file.stat().st_size) for file in files if file.is_file()])
 
 
 def _checkpoint(options: TrainOptions, command: str, *, write: bool) -> Path | None:
@@ -300,7 +300,7 @@ def _record(
 
 
 def _source_record(source: Path) -> dict[str, Any]:
-    record: dict[str, Any] = {"source": str(source), "identity": _source_identity(source)}
+    record: dict[str, Any] = {"source": str(source), "identity": source_identity(source)}
     if source.is_dir() and (source / MANIFEST).is_file():
         manifest = read_manifest(source)
         record["rows"] = manifest["rows"]

@@ -24,12 +24,19 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
+from feedback.errors import RecipeError
 from feedback.shards import write_json
-from train.batches import Counts
+from train.batches import Counts, StepDataset
 from train.chat import DataReport
 from train.config import RewardOptions
-from train.data import Group, with_ranked_pairs
-from train.labels import label_pairs, mean_weight, ranked_from_labels, require_small_ties
+from train.data import Group
+from train.labels import (
+    label_pairs,
+    mean_weight,
+    ranked_from_labels,
+    require_small_ties,
+    with_ranked_pairs,
+)
 from train.losses import (
     bradley_terry_loss,
     centring_loss,
@@ -41,13 +48,19 @@ from train.losses import (
     weighted_mean,
 )
 from train.losses_listwise import pad_groups, plackett_luce_loss
-from train.model_card import write_model_card
+from train.model_card import write_ensemble_card, write_model_card
 from train.models import add_adapters, load_model, load_tokenizer, packed_rewards
 from train.packing import PackedBatch
 from train.results import Trained, announce, finished, fit
 from train.reward_evaluation import evaluate_reward_models
-from train.reward_model import RewardModel, merge_adapters, save_ensemble, start_reward_model
-from train.trainer import Metrics, StepLoss
+from train.reward_model import (
+    ENSEMBLE,
+    RewardModel,
+    merge_adapters,
+    save_ensemble,
+    start_reward_model,
+)
+from train.trainer import Metrics, StepLoss, packing_of
 from train.training_data import read_training_data
 
 __all__ = ["RewardObjective", "run"]
@@ -153,7 +166,7 @@ def _with_pairs(groups: list[Group], options: RewardOptions, report: DataReport)
         groups = ranked_from_labels(groups)
         require_small_ties(groups, options.listwise_ties)
         soft = sum(pair.p not in (0.0, 0.5, 1.0) for group in groups for pair in group.pairs)
-        if soft and options.soft_labels:
+        if soft:
             report.warn(
                 f"plackett-luce reads the order only: {soft} probabilities are not used; loss "
                 "'bradley-terry' uses them"
@@ -183,18 +196,39 @@ def run(options: RewardOptions) -> None:
     if not PartialState().is_main_process:
         return  # one process writes what follows
     if options.members > 1:
-        names = [folder.name for folder in folders]
-        rule: dict[str, Any] = {"rule": options.rule, "uwo_lambda": options.uwo_lambda}
-        if save_ensemble(options.output, names, **rule):
-            (options.output / REPORT).unlink(missing_ok=True)  # it was of another rule
+        _combine(options, [folder.name for folder in folders])
     if not (options.resume and (options.output / REPORT).is_file()):
         _report(options, folders, groups, held_out)
+
+
+def _combine(options: RewardOptions, members: Sequence[str]) -> None:
+    """Say in the output folder how the members are combined; a report by another rule goes."""
+    index = options.output / ENSEMBLE
+    before = index.read_bytes() if index.is_file() else None
+    save_ensemble(options.output, members, rule=options.rule, uwo_lambda=options.uwo_lambda)
+    if index.read_bytes() != before:
+        (options.output / REPORT).unlink(missing_ok=True)
 
 
 def _folders(options: RewardOptions) -> list[Path]:
     if options.members == 1:
         return [options.output]
     return [options.output / f"member-{number}" for number in range(options.members)]
+
+
+def _check_decorrelation(options: RewardOptions, groups: Sequence[Group]) -> None:
+    """Refuse length_decorrelation over rows of one pair: their correlation is 1 at any rewards.
+
+    Raises:
+        RecipeError: no packed row holds two pairs.
+    """
+    plan = StepDataset(groups, packing_of(options), lambda groups: {}).plan(0)
+    most = max(sum(len(groups[i].pairs) for i in row) for step in plan for row in step.rows)
+    if most < 2:
+        raise RecipeError(
+            "length_decorrelation does nothing: it compares the pairs of a packed row, and each "
+            "row holds one; raise row_tokens or batch_size, keep pack on, or leave it at 0.0"
+        )
 
 
 def _train_member(
@@ -218,6 +252,9 @@ def _train_member(
         "ties": options.ties,
         "label_smoothing": options.label_smoothing,
     }
+    labelled = label_pairs(groups, report, **labels)
+    if options.length_decorrelation:
+        _check_decorrelation(options, labelled)
     model = add_adapters(model, options, modules_to_save=("score",))
     trained = fit(
         options,
@@ -225,7 +262,7 @@ def _train_member(
         model=model,
         tokenizer=tokenizer,
         objective=RewardObjective(options),
-        groups=label_pairs(groups, report, **labels),
+        groups=labelled,
         eval_groups=label_pairs(held_out, DataReport(), **labels) if held_out else (),
         report=report,
     )
@@ -256,6 +293,9 @@ def _report(
     write_json(options.output / REPORT, figures)
     if options.members == 1:
         write_model_card(options.output)
+    else:
+        names = [folder.name for folder in folders]
+        write_ensemble_card(options.output, names, rule=options.rule)
     accuracy = figures["accuracy"]
     if accuracy["value"] is not None:
         interval = f"[{accuracy['low']:.3f}, {accuracy['high']:.3f}]"

@@ -167,9 +167,10 @@ class RewardModel:
         for group in groups:
             longest = len(group.prompt_ids) + max(map(len, group.completions))
             if limit and longest > limit:
+                words = self.chat.tokenizer.decode(group.prompt_ids, skip_special_tokens=True)
                 raise InputError(
-                    f"prompt {group.prompt_id!r} with a completion has {longest} tokens, the "
-                    f"reward model's context {limit}: shorten it or use a model with more"
+                    f"the prompt {words[-40:].strip()!r} with a completion has {longest} tokens, "
+                    f"the reward model's context {limit}: shorten it or use a model with more"
                 )
         rewards: list[Tensor] = [torch.empty(0)] * len(groups)
         sizes = [group_tokens(group) for group in groups]
@@ -313,17 +314,11 @@ def _require_same_scores(
         )
 
 
-def save_ensemble(folder: Path, members: Sequence[str], *, rule: Rule, uwo_lambda: float) -> bool:
-    """Make ``folder`` an ensemble of the reward models in its subfolders ``members``.
-
-    Returns whether it was another before, or none.
-    """
-    path = folder / ENSEMBLE
-    index = {"members": list(members), "rule": rule, "uwo_lambda": uwo_lambda}
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) == index:
-        return False
-    write_json(path, index)
-    return True
+def save_ensemble(folder: Path, members: Sequence[str], *, rule: Rule, uwo_lambda: float) -> None:
+    """Make ``folder`` an ensemble of the reward models in its subfolders ``members``."""
+    write_json(
+        folder / ENSEMBLE, {"members": list(members), "rule": rule, "uwo_lambda": uwo_lambda}
+    )
 
 
 def load_reward_model(

@@ -10,7 +10,7 @@ memory: no reference, no reward model, no value head.
 
 Candidates may come from sampling, from data, or both: every shard given in ``data`` is read, and
 what was judged together makes one group. ``iterate`` trains in rounds, each on candidates that a
-caller samples from the policy of the round before.
+caller samples from the policy of the round before (docs/rounds.md).
 """
 
 from __future__ import annotations
