@@ -50,6 +50,7 @@ __all__ = [
     "package_versions",
     "read_jsonl",
     "read_manifest",
+    "read_numbered",
     "read_rows",
     "shard_paths",
     "whole_lines",
@@ -155,6 +156,16 @@ def read_jsonl(path: Path, kind: type[Record]) -> Iterator[Record]:
     Raises:
         InputError: the file is missing, or a line is not a row of this kind; names file and line.
     """
+    for _, record in read_numbered(path, kind):
+        yield record
+
+
+def read_numbered(path: Path, kind: type[Record]) -> Iterator[tuple[int, Record]]:
+    """Stream the records of one JSONL file with their line numbers, from 1.
+
+    Raises:
+        InputError: the file is missing, or a line is not a row of this kind; names file and line.
+    """
     if not path.is_file():
         raise InputError("no such file", path=path)
     number = 0
@@ -163,13 +174,14 @@ def read_jsonl(path: Path, kind: type[Record]) -> Iterator[Record]:
             if not line.strip():
                 continue
             try:
-                yield decode(line, kind)
+                record = decode(line, kind)
             except ValueError as error:
                 raise InputError(
                     f"not a {kind.__name__.lower()} row: {error}{row_hint(line, kind)}",
                     path=path,
                     line=number,
                 ) from error
+            yield number, record
 
 
 def whole_lines(path: Path) -> Iterator[bytes]:

@@ -13,8 +13,9 @@ from feedback.errors import InputError, ShardError
 from feedback.records import Preference, Ranking
 from feedback.shards import ShardWriter
 from train.chat import ChatFormat, DataReport
-from train.data import Group, Pair, read_groups, split_by_prompt, with_ranked_pairs
+from train.data import Group, Pair, read_groups, split_by_prompt
 from train.documents import read_documents
+from train.labels import with_ranked_pairs
 from train.training_data import warn_of_repeats
 
 
@@ -71,6 +72,25 @@ def test_rows_of_one_prompt_make_one_group(tmp_path: Path, tokenizer: Any) -> No
     assert (report.rows, report.groups, report.completions) == (4, 2, 5)
     assert (report.pairs, report.ties) == (4, 1)
     assert report.warnings == []
+
+
+def test_labels_are_settled_on_reading(tmp_path: Path, tokenizer: Any) -> None:
+    """The preferred side first, p = 1/2 and ties are one thing, weight 0 is left out."""
+    rows = [
+        preference("Hi", "a", "b", p_chosen=0.3, margin=0.4),
+        preference("Hi", "a", "c", p_chosen=0.5),
+        preference("Hi", "b", "c", p_chosen=0.8, tie=True),
+        preference("Hi", "d", "a", p_chosen=0.9, weight=0.0),
+    ]
+    groups, report = read(write(tmp_path / "p", "preferences", rows), tokenizer)
+    assert [text(tokenizer, ids) for ids in groups[0].completions] == ["b<eos>", "a<eos>", "c<eos>"]
+    assert groups[0].pairs == (
+        Pair(0, 1, 0.7, 1.0, False, 0.4),
+        Pair(1, 2, 0.5, 1.0, True, 0.0),
+        Pair(0, 2, 0.5, 1.0, True, 0.0),
+    )
+    assert (report.rows, report.pairs, report.ties, report.weightless) == (4, 3, 2, 1)
+    assert report.warnings == ["1 rows left out: their weight is 0"]
 
 
 def test_messages_and_text_of_one_meaning_are_told_apart_only_by_content(
@@ -191,16 +211,42 @@ def test_order_alone_implies_pairs(tmp_path: Path, tokenizer: Any) -> None:
     )
 
 
+def test_rankings_without_two_judged_completions_are_left_out(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    empty = ranking(ranking=[])
+    alone = ranking(completions=["a"], scores=[1.0], ranking=[[0]])
+    groups, report = read(write(tmp_path / "r", "rankings", [empty, ranking(), alone]), tokenizer)
+    assert (len(groups), report.unjudged) == (1, 2)
+    assert any("2 rankings left out" in warning for warning in report.warnings)
+    for name, kind, row, counted in (
+        ("e", "rankings", empty, "1 with fewer than two"),
+        ("a", "rankings", alone, "1 with fewer than two"),
+        ("w", "preferences", preference("Hi", "a", "b", weight=0.0), "1 of weight 0"),
+    ):
+        with pytest.raises(InputError, match=counted):
+            read(write(tmp_path / name, kind, [row]), tokenizer)
+
+
 @pytest.mark.parametrize(
     "fields",
-    [{"scores": [1.0]}, {"ranking": [[0], [3]]}, {"ranking": [[0], [1, 0]]}],
+    [
+        {"scores": [1.0]},
+        {"ranking": [[0], [3]]},
+        {"ranking": [[0], [1, 0]]},
+        {"comparisons": [(0, 5, 0.7)]},
+        {"comparisons": [(-1, 0, 0.7)]},
+        {"comparisons": [(1, 1, 0.7)]},
+        {"comparisons": [(0, 1, 1.9)]},
+    ],
 )
 def test_inconsistent_rankings_are_refused(
     tmp_path: Path, tokenizer: Any, fields: dict[str, Any]
 ) -> None:
-    path = write(tmp_path / "r", "rankings", [ranking(**fields)])
-    with pytest.raises(InputError, match="prompt '1'"):
+    path = write(tmp_path / "r", "rankings", [ranking(), ranking(**fields)])
+    with pytest.raises(InputError, match="prompt '1'") as caught:
         read(path, tokenizer)
+    assert str(caught.value).startswith(f"{path / 'rankings-00000.jsonl'}:2: ")
 
 
 LONG = preference("Hi", "x" * 40, "short")  # 5 prompt tokens: <|user|> H i <eos> <|assistant|>
@@ -423,6 +469,25 @@ def test_bad_rows_name_file_and_line(
     with pytest.raises(InputError, match=message) as caught:
         read_documents([path], tokenizer, max_length=50)
     assert f"{path}:2:" in str(caught.value)
+
+
+@pytest.mark.parametrize("completion_only", [True, False])
+def test_text_rows_split_by_row_and_others_by_prompt(
+    tmp_path: Path, tokenizer: Any, completion_only: bool
+) -> None:
+    """All pieces of a text are on one side, and all completions of a prompt."""
+    rows = [{"id": f"text {i}", "text": f"{i} " + "x" * 20} for i in range(40)]
+    rows += [
+        {"prompt_id": f"prompt {i // 2}", "prompt": f"q{i // 2}", "completion": f"a{i}"}
+        for i in range(80)
+    ]
+    groups, _ = documents(
+        tmp_path / "a.jsonl", rows, tokenizer, max_length=16, completion_only=completion_only
+    )
+    train, held_out = ({g.prompt_id for g in s} for s in split_by_prompt(groups, 0.3, seed=0))
+    assert not train & held_out
+    for kind in ("text", "prompt"):
+        assert 4 <= sum(name.startswith(kind) for name in held_out) <= 24  # of 40
 
 
 def test_a_row_without_room_for_its_completion_is_dropped(tmp_path: Path, tokenizer: Any) -> None:

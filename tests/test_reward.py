@@ -163,17 +163,21 @@ def test_packed_equals_unpacked_in_bfloat16(
 
 
 def test_listwise_packed_equals_unpacked(model: Any, tiny_model: Path) -> None:
-    """Group a: {2, 0} tied, then 3, then 1: the mean of the orders 2 0 3 1 and 0 2 3 1."""
+    """Group a: {2, 0} tied, then 3, then 1: the mean of the orders 2 0 3 1 and 0 2 3 1.
+
+    The rankings count by the mean weight of their pairs that count: 3.5 / 3 and 1.
+    """
     settings = options(tiny_model, tiny_model, loss="plackett-luce", centring=0.0)
     objective = RewardObjective(settings)
     total = torch.zeros(())
-    for group, orders in zip(GROUPS, ([(2, 0, 3, 1), (0, 2, 3, 1)], [(1, 0)]), strict=True):
+    orders_of = ([(2, 0, 3, 1), (0, 2, 3, 1)], [(1, 0)])
+    for group, weight, orders in zip(GROUPS, (3.5 / 3, 1.0), orders_of, strict=True):
         f = plain_rewards(model, group)
         for order in orders:
             ranked = f[list(order)]
             steps = [ranked[k] - ranked[k:].logsumexp(0) for k in range(len(order))]
-            total = total - sum(steps) / len(orders)
-    expected = total / 2
+            total = total - weight * sum(steps) / len(orders)
+    expected = total / (3.5 / 3 + 1)
     batch = with_layout(pack_groups(GROUPS), "blocks")
     packed = objective.loss(model, batch, objective.counts(GROUPS)).loss
     torch.testing.assert_close(packed, expected, atol=1e-5, rtol=1e-5)
@@ -309,6 +313,13 @@ def test_ensembles_train_apart_and_score_together(tiny_model: Path, tmp_path: Pa
     rewards = ensemble.score_members(["I need a car today"], ["Of course, one car today."])
     assert rewards[0] != rewards[1]
     assert len(read_report(tmp_path / "rm")["ensemble"]["members"]) == 2
+    weights = tmp_path / "rm" / "member-1" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    run(dataclasses.replace(settings, rule="mean"))  # the members stay as they are
+    assert weights.stat().st_mtime_ns == before
+    assert read_report(tmp_path / "rm")["ensemble"]["rule"] == "mean"
+    mean = load_reward_model(tmp_path / "rm", device="cpu")
+    assert isinstance(mean, RewardEnsemble) and mean.rule == "mean"
 
 
 def test_length_decorrelation_of_single_pairs_is_refused(tiny_model: Path, tmp_path: Path) -> None:
@@ -371,6 +382,23 @@ def test_adapters_are_merged_into_a_whole_model(tiny_model: Path, tmp_path: Path
 
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm")
     assert read_report(tmp_path / "rm")["accuracy"]["value"] > 0.6
+
+
+def test_the_head_moves_in_bfloat16_beside_adapters(tiny_model: Path, tmp_path: Path) -> None:
+    """Steps of 1e-5 are lost on bfloat16 weights without float32 copies."""
+    from safetensors.torch import load_file
+
+    data = write_rows(tmp_path / "preferences.jsonl", preferences(16))
+    fields = LEARN | {"learning_rate": 1e-5, "precision": "bfloat16", "eval_share": 0.0}
+    settings = options(
+        tiny_model, tmp_path / "rm", data=(data,), lora_rank=2, **fields | {"epochs": 30.0}
+    )
+    tokenizer = load_tokenizer(settings)
+    start = load_model(settings, tokenizer=tokenizer, kind="reward")
+    start_reward_model(start, tokenizer, seed=settings.seed)
+    run(settings)
+    head = load_file(tmp_path / "rm" / "model.safetensors")["score.weight"]
+    assert int((head != start.score.weight).sum()) > 16  # of 64; without the copies 1 or 2
 
 
 def test_continues_from_a_reward_model_with_its_head(tiny_model: Path, tmp_path: Path) -> None:

@@ -197,9 +197,8 @@ def test_dpo_refusals(
     tiny_model: Path, tmp_path: Path, pairs: str, variant: dict[str, Any], named: str
 ) -> None:
     fields = {"data": (pairs,), "model": str(tiny_model), "output": tmp_path / "p"}
-    options = DpoOptions(**fields, **RECIPE | PAIRS | {"engine": "trl"} | variant)  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match=named):
-        run_dpo(options)
+        run_dpo(DpoOptions(**fields, **RECIPE | PAIRS | {"engine": "trl"} | variant))  # type: ignore[arg-type]
 
 
 def test_sft_refusals(tiny_model: Path, tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ class TrainOptions:
     output: Path
     """Folder for the trained model, its card, metrics and checkpoints."""
     model: str = "pocket:policy"
-    """Model to start from: a folder, a Hub name, or an embedded model such as pocket:policy."""
+    """Model to start from: a folder, a Hub name, or an embedded model such as pocket:policy. A LoRA
+    adapter is merged into its base first."""
     revision: str | None = None
     """Model revision (commit or tag) on the Hub."""
     tokenizer: str | None = None
@@ -81,7 +82,8 @@ class TrainOptions:
     """Seed of data order and initial weights."""
 
     max_length: int = 2048
-    """Tokens of a prompt plus one of its completions, at most."""
+    """Tokens of a prompt plus one of its completions, at most; what is left must fit the model's
+    context."""
     overlong: Literal["truncate", "drop", "error"] = "truncate"
     """What happens to longer ones; both counts are reported. Truncated completions lose their end
     and their end-of-text token; a prompt of more than half of max_length loses its beginning."""
@@ -131,7 +133,7 @@ class TrainOptions:
     """Shard folders or files to evaluate on."""
     eval_share: float = 0.0
     """Share of the training data's prompts held out for evaluation when eval_data is not given;
-    the split is by prompt."""
+    the split is by prompt, that of texts by row."""
     eval_every: int = 0
     """Steps between evaluations, where there are rows to evaluate on; 0: only at the end."""
     save_every: int = 0
@@ -268,8 +270,9 @@ class DpoOptions(TrainOptions):
         "sigmoid", "gdpo", "robust", "ipo", "rpo", "simpo", "rao-kupper", "davidson", "listwise"
     ] = "sigmoid"
     """sigmoid: DPO, cDPO with soft labels (optimum at logit p); gdpo: geometric averaging; robust:
-    rDPO; ipo; rpo: reward-aware; simpo: no reference; rao-kupper, davidson: ties as an outcome of
-    their own; listwise: Plackett-Luce over whole rankings."""
+    rDPO, hard labels of which the share label_smoothing is flipped (a tie gives no gradient); ipo;
+    rpo: reward-aware; simpo: no reference; rao-kupper, davidson: ties as an outcome of their own;
+    listwise: Plackett-Luce over whole rankings."""
     beta: float = 0.1
     """Strength of the pull to the reference (ipo: the paper's tau; simpo: the reward scale)."""
     soft_labels: bool = True
@@ -279,7 +282,8 @@ class DpoOptions(TrainOptions):
     """Rows that the judge called a tie: train on them as p = 0.5 (or as the tie outcome of
     rao-kupper and davidson), or leave them out (counted)."""
     label_smoothing: float = 0.0
-    """Chance that a label is flipped, in [0, 0.5): mixed into p; for robust the flip rate."""
+    """Chance that a label is flipped, in [0, 0.5): mixed into p; robust needs it as its flip rate,
+    in (0, 0.4]."""
     nll_weight: float = 0.0
     """Weight of the chosen completion's mean negative log-likelihood, added to the loss."""
     ld_alpha: float = 1.0
@@ -310,6 +314,12 @@ class DpoOptions(TrainOptions):
         super().__post_init__()
         refuse_inert(self, DPO)
         _check_tie_model(self)
+        if self.loss == "robust" and not 0 < self.label_smoothing <= 0.4:
+            raise RecipeError(
+                "loss robust corrects for a known share of flipped labels: set label_smoothing to "
+                f"it, in (0, 0.4], not {self.label_smoothing}; at 0 it would be hard DPO (loss "
+                "sigmoid with soft_labels off)"
+            )
 
     @property
     def nu(self) -> float:

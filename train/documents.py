@@ -53,6 +53,8 @@ class _Document(NamedTuple):
     ids: np.ndarray
     counted: np.ndarray
     text: bool
+    source: str = ""
+    """What the row is split by; empty: the tokens in front of the first that carries loss."""
 
 
 def read_documents(
@@ -67,7 +69,8 @@ def read_documents(
 
     ``text`` rows carry loss everywhere and, when too long, go on in further documents; ``messages``
     rows carry it on assistant turns, ``prompt``/``completion`` rows on the completion, or with
-    ``completion_only`` False everywhere.
+    ``completion_only`` False everywhere. For a split, texts are told apart by their ids (without
+    one, by their content), other rows by their prompts.
 
     Raises:
         InputError: a row is not JSON, has none of the known fields, or nothing is left.
@@ -80,13 +83,21 @@ def read_documents(
     while batch := list(itertools.islice(rows, _BATCH)):
         for document in _tokenise(batch, chat):
             if not completion_only:
-                everywhere = np.ones(len(document.ids), dtype=bool)
-                document = document._replace(counted=everywhere)
+                document = _counted_everywhere(document)
             groups += _fit(document, max_length, overlong, report)
     for key, count in sorted(unknown.items()):
         report.warn(f"field {key!r} of {count} rows is not used{nearest(key, _KNOWN)}")
     _summarise(groups, report, sources, max_length)
     return groups, report
+
+
+def _counted_everywhere(document: _Document) -> _Document:
+    """Return the document with loss on all tokens, still split by what was its prompt."""
+    prompt = document.ids[: int(document.counted.argmax())]
+    return document._replace(
+        counted=np.ones(len(document.ids), dtype=bool),
+        source=document.source or content_id(prompt.tolist()),
+    )
 
 
 def _all_rows(
@@ -140,7 +151,8 @@ def _tokenise(rows: Sequence[_Row], chat: ChatFormat) -> Iterator[_Document]:
             np.full(len(piece), part.counted) for piece, part in zip(pieces, row.parts, strict=True)
         ]
         text = row.parts[0].kind == "text"
-        yield _Document(row.name, np.concatenate(pieces), np.concatenate(counted), text)
+        ids, counts = np.concatenate(pieces), np.concatenate(counted)
+        yield _Document(row.name, ids, counts, text, row.name if text else "")
 
 
 def _files(sources: Sequence[str | Path]) -> Iterator[Path]:
@@ -285,6 +297,7 @@ def _group(document: _Document) -> Group | None:
         prompt_ids=document.ids[:start],
         completions=(document.ids[start:],),
         loss_masks=() if mask.all() else (mask,),
+        source=document.source,
     )
 
 

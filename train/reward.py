@@ -4,8 +4,8 @@
 
 with c_ij = w_ij / (pairs of the prompt), so that a prompt with K completions counts once and all of
 its pairs are in one step (InstructGPT), and W their sum. The tie models and Plackett-Luce replace
-the bracket; see ``losses.py`` and ``losses_listwise.py``. A completion's reward is read at its last
-token by place.
+the bracket (a ranking counts by the mean weight of its pairs); see ``losses.py`` and
+``losses_listwise.py``. A completion's reward is read at its last token by place.
 
 The run ends with a report (``report.json``, ``reliability.svg``) on held-out prompts: accuracy by
 margin and by judge confidence, calibration, what length explains, and whether scores depend on
@@ -29,8 +29,14 @@ from feedback.shards import write_json
 from train.batches import Counts, StepDataset
 from train.chat import DataReport
 from train.config import RewardOptions
-from train.data import Group, with_ranked_pairs
-from train.labels import label_pairs, ranked_from_labels
+from train.data import Group
+from train.labels import (
+    label_pairs,
+    mean_weight,
+    ranked_from_labels,
+    require_small_ties,
+    with_ranked_pairs,
+)
 from train.losses import (
     bradley_terry_loss,
     centring_loss,
@@ -60,6 +66,7 @@ from train.training_data import read_training_data
 __all__ = ["RewardObjective", "run"]
 
 REPORT = "report.json"
+_COMPARED = 32  # prompts on which a merged model is compared with the trained one
 
 
 class RewardObjective:
@@ -73,7 +80,7 @@ class RewardObjective:
     def counts(self, groups: Sequence[Group]) -> Counts:
         """Return W: the sum of all coefficients."""
         if self.options.loss == "plackett-luce":
-            return {"weight": float(sum(bool(group.ranking) for group in groups))}
+            return {"weight": sum(mean_weight(group) for group in groups if group.ranking)}
         return {"weight": sum(_coefficients(group, self.options.average) for group in groups)}
 
     def loss(self, model: Any, batch: PackedBatch, counts: Mapping[str, float]) -> StepLoss:
@@ -89,7 +96,7 @@ class RewardObjective:
         options = self.options
         chosen, rejected = rewards[batch.pairs].unbind(1)
         d = chosen - rejected
-        weights = self._pair_coefficients(batch)
+        weights = _pair_coefficients(batch, self.options.average)
         if options.loss == "bradley-terry":
             margin = options.margin_scale * batch.pair_margins if options.margin_scale else None
             losses = bradley_terry_loss(d, p_chosen=batch.pair_p, margin=margin)
@@ -107,13 +114,6 @@ class RewardObjective:
             loss = loss + options.length_decorrelation * correlation * weights.sum() / total
         return loss
 
-    def _pair_coefficients(self, batch: PackedBatch) -> Tensor:
-        if self.options.average == "pair":
-            return batch.pair_weights
-        group = batch.completion_groups[batch.pairs[:, 0]]
-        size = torch.bincount(group[batch.pair_weights > 0], minlength=len(batch.groups))
-        return batch.pair_weights / size[group].clamp(min=1)
-
     def _listwise(self, rewards: Tensor, batch: PackedBatch, total: float) -> Tensor:
         counts = torch.bincount(batch.completion_groups, minlength=len(batch.groups))
         scores, mask = pad_groups(rewards, counts)
@@ -123,13 +123,26 @@ class RewardObjective:
         if self.options.centring:
             mean = (scores * mask).sum(1) / mask.sum(1).clamp(min=1)
             losses = losses + self.options.centring * centring_loss(mean, mean)
-        return weighted_mean(losses, mask.any(1), total=total)
+        group = batch.completion_groups[batch.pairs[:, 0]]
+        weights = torch.zeros_like(losses).index_add(
+            0, group, _pair_coefficients(batch, "prompt").to(losses.dtype)
+        )
+        return weighted_mean(losses, weights * mask.any(1), total=total)
 
 
 def _coefficients(group: Group, average: str) -> float:
-    weights = [pair.weight for pair in group.pairs if pair.weight > 0]
-    total = float(sum(weights))
-    return total / len(weights) if average == "prompt" and weights else total
+    if average == "prompt":
+        return mean_weight(group)
+    return float(sum(pair.weight for pair in group.pairs))
+
+
+def _pair_coefficients(batch: PackedBatch, average: str) -> Tensor:
+    """Return each pair's coefficient, (P,); a group's sum to ``_coefficients``."""
+    if average == "pair":
+        return batch.pair_weights
+    group = batch.completion_groups[batch.pairs[:, 0]]
+    size = torch.bincount(group[batch.pair_weights > 0], minlength=len(batch.groups))
+    return batch.pair_weights / size[group].clamp(min=1)
 
 
 def _metrics(rewards: Tensor, batch: PackedBatch) -> Metrics:
@@ -151,6 +164,7 @@ def _with_pairs(groups: list[Group], options: RewardOptions, report: DataReport)
     groups = with_ranked_pairs(groups)
     if options.loss == "plackett-luce":
         groups = ranked_from_labels(groups)
+        require_small_ties(groups, options.listwise_ties)
         soft = sum(pair.p not in (0.0, 0.5, 1.0) for group in groups for pair in group.pairs)
         if soft:
             report.warn(
@@ -253,7 +267,7 @@ def _train_member(
         report=report,
     )
     if options.lora_rank and PartialState().is_main_process:
-        merge_adapters(model, tokenizer, options.output)
+        merge_adapters(model, tokenizer, options, groups=groups[:_COMPARED])
     return trained
 
 

@@ -17,15 +17,18 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import Sampler
 
-from feedback.errors import InputError, RecipeError
+from feedback.errors import RecipeError
+from train.adapters import load_pretrained
 from train.batches import StepDataset
 from train.chat import DataReport
 from train.config import DpoOptions, RewardOptions, SftOptions, TrainOptions
-from train.data import Group, split_by_prompt, with_ranked_pairs
+from train.data import Group, split_by_prompt
 from train.documents import read_documents
-from train.labels import label_pairs
+from train.labels import label_pairs, with_ranked_pairs
+from train.model_checks import require_context
 from train.models import (
     add_adapters,
+    base_model,
     load_tokenizer,
     resolve_device,
     resolve_model,
@@ -150,7 +153,7 @@ def run_reward(options: RewardOptions) -> None:
     adapted = add_adapters(model, options, modules_to_save=("score",))
     _train(options, "reward", RewardTrainer, arguments, adapted, tokenizer, data, rows)
     if options.lora_rank:
-        merge_adapters(adapted, tokenizer, options.output)
+        merge_adapters(adapted, tokenizer, options, groups=())
 
 
 def run_dpo(options: DpoOptions) -> None:
@@ -177,9 +180,9 @@ def run_dpo(options: DpoOptions) -> None:
         "set ipo_averaged = true",
     )
     _require(
-        (options.loss == "robust") == bool(options.label_smoothing),
+        options.label_smoothing == 0 or options.loss == "robust",
         "label_smoothing but as the fixed flip rate of loss 'robust'",
-        "set label_smoothing for 'robust' and only there",
+        "leave it at 0",
     )
     from trl import DPOConfig, DPOTrainer
 
@@ -253,12 +256,9 @@ def _load(options: TrainOptions, *, kind: str, name: str | None = None) -> Any:
         "revision": options.revision if name is None else None,
         "trust_remote_code": options.trust_remote_code,
     }
-    try:
-        if kind == "causal":
-            return AutoModelForCausalLM.from_pretrained(wanted, **arguments)
-        return AutoModelForSequenceClassification.from_pretrained(wanted, num_labels=1, **arguments)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot load model {wanted!r}: {error}") from error
+    if kind == "causal":
+        return load_pretrained(AutoModelForCausalLM, wanted, **arguments)
+    return load_pretrained(AutoModelForSequenceClassification, wanted, num_labels=1, **arguments)
 
 
 def _pairs(options: Any, tokenizer: Any, *, soft_labels: bool, ties: Any) -> _Data:
@@ -409,6 +409,7 @@ def _train(
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     started = time.perf_counter()
+    require_context(base_model(model).config, [*data.groups, *data.held_out])
     options.output.mkdir(parents=True, exist_ok=True)
     made = [rows(group) for group in data.groups]
     ends = list(itertools.accumulate(map(len, made)))
