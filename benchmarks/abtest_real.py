@@ -14,23 +14,22 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import gzip
 import json
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from result_file import RESULTS, cpu, write_result
+
 from feedback.abtest import AbtestOptions, ArmOptions
 from feedback.abtest_run import Result, abtest
 from feedback.config import EngineOptions, build_options, recipe_table
 from feedback.intervals import Estimate
 from feedback.records import Candidates, Completion, GoldPair, content_id, encode, normalise_text
-from feedback.shards import package_versions, write_json, write_text
+from feedback.shards import write_text
 
 ROOT = Path(__file__).parent.parent
 SOURCES = {"pandalm": "pandalm", "ukp": "ukpconvarg"}
@@ -45,7 +44,7 @@ def main() -> None:
     parser.add_argument("--model", default="pocket:judge")
     parser.add_argument("--backend", default="transformers")
     parser.add_argument("--work", type=Path, help="folder for verdicts; none: a temporary one")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     engine = EngineOptions(model=given.model, backend=given.backend)
     with tempfile.TemporaryDirectory() as temporary:
@@ -55,7 +54,15 @@ def main() -> None:
             for name, source in SOURCES.items():
                 rows = slice_of(given.data / "human_pairs.jsonl.gz", source, given.pairs)
                 runs.append(run(name, options(name, rows, work, engine)))
-    write_json(given.out / "abtest_real.json", summary(runs, given))
+    write_result(
+        given.out / "abtest_real.json",
+        "abtest_real",
+        command=f"python benchmarks/abtest_real.py --data DIR --pairs {given.pairs} "
+        f"--model {given.model}",
+        hardware=cpu(),
+        figures=figures_of(runs),
+        runs=runs,
+    )
 
 
 def booking(work: Path, engine: EngineOptions) -> AbtestOptions:
@@ -152,8 +159,8 @@ def _rounded(value: Any) -> Any:
     return round(value, 4) if isinstance(value, float) else value
 
 
-def summary(runs: list[dict[str, Any]], given: argparse.Namespace) -> dict[str, Any]:
-    """Return the result file's content."""
+def figures_of(runs: list[dict[str, Any]]) -> dict[str, float]:
+    """Return accuracies and conclusions as one flat map."""
     figures: dict[str, float] = {}
     for row in runs:
         for arm in row["arms"]:
@@ -167,16 +174,7 @@ def summary(runs: list[dict[str, Any]], given: argparse.Namespace) -> dict[str, 
             figures[f"{row['gold']}_{conclusion}"] = sum(
                 found["conclusion"] == conclusion for found in row["comparisons"]
             )
-    return {
-        "bench": "abtest_real",
-        "command": f"python benchmarks/abtest_real.py --data DIR --pairs {given.pairs} "
-        f"--model {given.model}",
-        "date": datetime.date.today().isoformat(),
-        "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()})",
-        "versions": package_versions(),
-        "figures": figures,
-        "runs": runs,
-    }
+    return figures
 
 
 if __name__ == "__main__":

@@ -10,19 +10,14 @@ benchmarks/results/abtest_simulation.json.
 
 from __future__ import annotations
 
-import datetime
-import os
-import platform
-from pathlib import Path
-
 import numpy as np
 import numpy.typing as npt
+from result_file import RESULTS, cpu, write_result
 
 from feedback.abtest_decisions import compare_arms
 from feedback.intervals import binomial_interval
 from feedback.paired import discordance, mcnemar, needed_items
 from feedback.sequential import sign_e_process
-from feedback.shards import package_versions, write_json
 
 Floats = npt.NDArray[np.float64]
 RATE, DIFFERENCE, ALPHA = 0.2, 0.05, 0.05
@@ -71,17 +66,13 @@ def main() -> None:
         "planned_pairs": need,
         "looks": 20,
     }
-    write_json(
-        Path(__file__).parent / "results" / "abtest_simulation.json",
-        {
-            "bench": "abtest_simulation",
-            "command": "python benchmarks/abtest_simulation.py",
-            "date": datetime.date.today().isoformat(),
-            "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()})",
-            "versions": package_versions(),
-            "figures": figures,
-            "runs": {"null_runs": runs, "power_runs": 1000, "rate": RATE, "difference": DIFFERENCE},
-        },
+    write_result(
+        RESULTS / "abtest_simulation.json",
+        "abtest_simulation",
+        command="python benchmarks/abtest_simulation.py",
+        hardware=cpu(),
+        figures=figures,
+        runs={"null_runs": runs, "power_runs": 1000, "rate": RATE, "difference": DIFFERENCE},
     )
     for name, value in figures.items():
         print(f"{name:45} {value:.4g}")

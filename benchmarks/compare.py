@@ -10,15 +10,12 @@ machine that ran it; the note says what else there is to know of it.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from feedback.shards import write_json
+from result_file import RESULTS, cpu, write_result
 
 ROOT = Path(__file__).parent.parent
 
@@ -63,18 +60,17 @@ def main() -> None:
     record = json.loads((given.run / "comparison.json").read_text(encoding="utf-8"))
     target = "make compare-study" if "bias" in record else "make compare"
     command = f"{given.made_by or target} && python benchmarks/compare.py"
-    hardware = f"{os.cpu_count()} CPU cores ({platform.machine()})"
-    result = {
-        "bench": given.bench,
-        "command": command + (f" --bench {given.bench}" if given.bench != "compare" else ""),
-        "date": datetime.date.today().isoformat(),
-        "hardware": f"{hardware}; {given.note}" if given.note else hardware,
-        "versions": record["versions"],
-        "figures": figures(record),
-        "runs": {name: value for name, value in record.items() if name != "versions"},
-    }
-    write_json(ROOT / "benchmarks" / "results" / f"{given.bench}.json", result)
-    print(json.dumps(result["figures"], indent=2))
+    found = figures(record)
+    write_result(
+        RESULTS / f"{given.bench}.json",
+        given.bench,
+        command=command + (f" --bench {given.bench}" if given.bench != "compare" else ""),
+        hardware=f"{cpu()}; {given.note}" if given.note else cpu(),
+        versions=record["versions"],
+        figures=found,
+        runs={name: value for name, value in record.items() if name != "versions"},
+    )
+    print(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":

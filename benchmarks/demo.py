@@ -8,15 +8,12 @@ minutes are the sum of the stages' wall times on the machine that ran ``make dem
 
 from __future__ import annotations
 
-import datetime
 import json
-import os
-import platform
 import sys
 from pathlib import Path
 from typing import Any
 
-from feedback.shards import package_versions, write_json
+from result_file import RESULTS, cpu, write_result
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- demo: begin -->", "<!-- demo: end -->"
@@ -77,17 +74,16 @@ def main() -> None:
     run = Path(words[0]) if words else ROOT / "runs" / "pocket"
     evaluation = json.loads((run / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))
     seconds = stage_seconds(run)
-    result: dict[str, Any] = {
-        "bench": "demo",
-        "command": "make demo && python benchmarks/demo.py",
-        "date": datetime.date.today().isoformat(),
-        "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()})",
-        "versions": package_versions(),
-        "figures": {"minutes": round(sum(seconds.values()) / 60, 2), **figures(evaluation)},
-        "runs": {"seconds": seconds, "evaluation": evaluation},
-    }
-    write_json(ROOT / "benchmarks" / "results" / "demo.json", result)
-    print(json.dumps(result["figures"], indent=2))
+    found = {"minutes": round(sum(seconds.values()) / 60, 2), **figures(evaluation)}
+    write_result(
+        RESULTS / "demo.json",
+        "demo",
+        command="make demo && python benchmarks/demo.py",
+        hardware=cpu(),
+        figures=found,
+        runs={"seconds": seconds, "evaluation": evaluation},
+    )
+    print(json.dumps(found, indent=2))
     if "--write" in sys.argv[1:]:
         path = ROOT / "README.md"
         before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)

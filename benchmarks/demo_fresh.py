@@ -11,10 +11,7 @@ benchmarks/results/demo_fresh.json.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import random
 import statistics
 import subprocess
@@ -24,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from demo import figures, stage_seconds
+from result_file import RESULTS, cpu, write_result
 
-from feedback.shards import package_versions, write_json, write_text
+from feedback.shards import write_text
 from recipes.pocket_model.prompts import banned_openings, draw_prompts, write_prompts
 
 ROOT = Path(__file__).parent.parent
@@ -71,21 +69,20 @@ def main() -> None:
     options = parser.parse_args()
     runs = [run_seed(options.folder.resolve() / f"seed-{seed}", seed) for seed in options.seeds]
     names = [name for name in runs[0] if name not in ("seed", "seconds")]
-    result = {
-        "bench": "demo_fresh",
-        "command": f"python benchmarks/demo_fresh.py --seeds {' '.join(map(str, options.seeds))}",
-        "date": datetime.date.today().isoformat(),
-        "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()})",
-        "versions": package_versions(),
-        "figures": {
-            **{f"mean_{name}": statistics.fmean(run[name] for run in runs) for name in names},
-            **{f"least_{name}": min(run[name] for run in runs) for name in names},
-            "seeds": len(runs),
-        },
-        "runs": runs,
+    found = {
+        **{f"mean_{name}": statistics.fmean(run[name] for run in runs) for name in names},
+        **{f"least_{name}": min(run[name] for run in runs) for name in names},
+        "seeds": len(runs),
     }
-    write_json(ROOT / "benchmarks" / "results" / "demo_fresh.json", result)
-    print(json.dumps(result["figures"], indent=2))
+    write_result(
+        RESULTS / "demo_fresh.json",
+        "demo_fresh",
+        command=f"python benchmarks/demo_fresh.py --seeds {' '.join(map(str, options.seeds))}",
+        hardware=cpu(),
+        figures=found,
+        runs=runs,
+    )
+    print(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":

@@ -18,19 +18,19 @@ import argparse
 import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from result_file import RESULTS, cpu, write_result
+
 from feedback.exports import ExportOptions, export
 from feedback.records import Message, Preference, prompt_messages
-from feedback.shards import ShardWriter, package_versions, write_json
+from feedback.shards import ShardWriter, write_json
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "feedback" / "pocket" / "assistant"
@@ -244,7 +244,7 @@ def main() -> None:
     """Read one export in a child process, or measure all peers and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--peers", type=Path, help="folder that gets the peers' packages")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/export_readers.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "export_readers.json")
     parser.add_argument("--read", choices=READERS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -257,17 +257,13 @@ def main() -> None:
         parser.error("--peers is needed")
     runs = [measure(name, options.peers) for name in PEERS]
     figures = {f"same_{run['reader']}": run["same"] / run["rows"] for run in runs}
-    write_json(
+    write_result(
         options.out,
-        {
-            "bench": "export_readers",
-            "command": "python benchmarks/export_readers.py --peers PEERS",
-            "date": date.today().isoformat(),
-            "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()})",
-            "versions": package_versions(),
-            "figures": figures,
-            "runs": runs,
-        },
+        "export_readers",
+        command="python benchmarks/export_readers.py --peers PEERS",
+        hardware=cpu(),
+        figures=figures,
+        runs=runs,
     )
     print(json.dumps(runs, indent=2))
 

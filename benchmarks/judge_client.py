@@ -24,13 +24,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from feedback.shards import package_versions, write_json
+from result_file import RESULTS, cpu, write_result
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = Path(__file__).parent / "judge_peers"
@@ -239,23 +238,21 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9, help="turns")
     parser.add_argument("--peer-repeats", type=int, default=2, help="turns of the peers")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the usual rows")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/judge_client.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "judge_client.json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         table = measure(options, Path(folder))
-    result = {
-        "bench": "judge_client",
-        "command": " ".join(["python", *sys.argv]),
-        "date": time.strftime("%Y-%m-%d"),
-        "hardware": f"{os.cpu_count()} CPU cores, server on one of them",
-        "machine": "load averages before each run are in runs[].loads; above 0.3 others worked too",
-        "versions": package_versions(),
-        "peers": {name: list(CLIENTS[name].packages) for name in options.peers},
-        "figures": figures(table),
-        "runs": table,
-    }
-    write_json(options.out, result)
-    print(json.dumps(result["figures"], indent=1))
+    found = figures(table)
+    write_result(
+        options.out,
+        "judge_client",
+        hardware=f"{cpu()}, server on one of them",
+        machine="load averages before each run are in runs[].loads; above 0.3 others worked too",
+        peers={name: list(CLIENTS[name].packages) for name in options.peers},
+        figures=found,
+        runs=table,
+    )
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

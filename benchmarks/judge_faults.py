@@ -29,6 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import fault_proxy  # noqa: E402
 from fault_proxy import FaultProxy  # noqa: E402
+from result_file import RESULTS, cpu, write_result  # noqa: E402
 from serving import make_judge, serve  # noqa: E402
 from test_faults import (  # noqa: E402
     PASSING,
@@ -42,7 +43,6 @@ from test_faults import (  # noqa: E402
 
 from feedback import labeling  # noqa: E402
 from feedback.records import Verdict  # noqa: E402
-from feedback.shards import package_versions, write_json  # noqa: E402
 
 Row = dict[str, Any]
 
@@ -289,7 +289,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--prompts", type=int, default=120)
     parser.add_argument("--faketime", type=Path)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/judge_faults.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "judge_faults.json")
     options = parser.parse_args()
     stages: list[Callable[[Bench], object]] = [
         endpoint_faults,
@@ -313,18 +313,7 @@ def main() -> None:
         "fault_runs": len(counted),
         "verdicts_per_run": len(bench.truth),
     }
-    write_json(
-        options.out,
-        {
-            "bench": "judge_faults",
-            "command": " ".join(["python", *sys.argv]),
-            "date": time.strftime("%Y-%m-%d"),
-            "hardware": f"{os.cpu_count()} CPU cores",
-            "versions": package_versions(),
-            "figures": figures,
-            "runs": bench.rows,
-        },
-    )
+    write_result(options.out, "judge_faults", hardware=cpu(), figures=figures, runs=bench.rows)
     print(figures)
 
 

@@ -4,8 +4,8 @@
 
 A random Llama (SmolLM2-360M's shape, output rows of its own: 409M parameters) judges real
 completions in both orders. Weights do not matter for speed; the labels' output rows are tilted so
-that label probabilities are ordinary numbers and can be compared between engines. Measured, each as
-the median of ``--repeats`` runs on an empty prefix cache:
+that label probabilities are ordinary numbers. Measured, each as the median of ``--repeats`` runs on
+an empty prefix cache:
 
 * verdicts/s of the vllm engine, against ``LLM.generate`` on the same token ids and parameters, with
   nothing tokenised, read or yielded;
@@ -13,7 +13,11 @@ the median of ``--repeats`` runs on an empty prefix cache:
   limited to ``--kv-gib``, as it is for a judge of ordinary size);
 * one-token verdicts against rationale-first ones;
 * the lean HTTP path against vLLM's own server;
-* label probabilities of all three engines (transformers too) on the same questions.
+* label probabilities in process and over HTTP on the same questions.
+
+With ``--parity-model`` (pretrained: ``gguf_model.py`` says where to find a small one) the same
+questions go through vLLM and transformers too. The random model will not do for that: its sharp
+attention makes of bfloat16's rounding another verdict, even within one engine.
 """
 
 from __future__ import annotations
@@ -364,24 +368,36 @@ def over_http(
     )
 
 
-def by_transformers(
-    options: argparse.Namespace, model: Path, report: Report, reference: dict[str, float]
-) -> None:
-    """The same questions through transformers."""
+def by_transformers(options: argparse.Namespace, report: Report) -> None:
+    """The same questions to a pretrained judge through vLLM and through transformers."""
     calls = judge_calls(options.candidates, "pairwise", options.compare)
-    backend = open_backend(EngineOptions(model=str(model), dtype=options.dtype, max_model_len=4096))
-    list(backend.judge(calls[:8]))
-    run = measure(backend.judge, calls)
-    largest, mean = difference(reference, probabilities(backend.judge(calls)))
-    backend.close()
-    spread = statistics.pstdev(reference.values())
+    found, runs = {}, {}
+    for name in ("vllm", "transformers"):
+        settings: dict[str, Any] = {"enforce_eager": True} if name == "vllm" else {}
+        if name == "vllm":
+            settings["extra"] = {"kv_cache_memory_bytes": int(options.kv_gib * 2**30)}
+        backend = open_backend(
+            EngineOptions(
+                backend=name,
+                model=str(options.parity_model),
+                dtype=options.dtype,
+                max_model_len=4096,
+                **settings,
+            )
+        )
+        backend.prepare(("A", "B"))
+        list(backend.judge(calls[:8]))
+        runs[name] = measure(backend.judge, calls)
+        found[name] = probabilities(backend.judge(calls))
+        backend.close()
+    largest, mean = difference(found["vllm"], found["transformers"])
     report.add(
         "transformers",
-        run,
-        transformers_verdicts_per_s=run["verdicts_per_s"],
+        runs,
+        transformers_verdicts_per_s=runs["transformers"]["verdicts_per_s"],
         transformers_probability_largest_difference=largest,
         transformers_probability_mean_difference=mean,
-        probability_standard_deviation=spread,
+        probability_standard_deviation=statistics.pstdev(found["vllm"].values()),
     )
 
 
@@ -392,6 +408,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/judge_gpu.json"))
     parser.add_argument("--shape", choices=sorted(SHAPES), default="409m")
+    parser.add_argument("--parity-model", type=Path, help="pretrained judge for two engines")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--calls", type=int, default=6000)
     parser.add_argument("--compare", type=int, default=400)
@@ -405,8 +422,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(Path(folder), options.tokenizer, options.shape, options.dtype)
         reference = in_process(options, model, report)
-        by_transformers(options, model, report, reference)
         over_http(options, model, report, reference)
+    if options.parity_model:
+        by_transformers(options, report)
     print(json.dumps(report.figures, indent=1))
 
 

@@ -19,16 +19,15 @@ import argparse
 import collections
 import gzip
 import json
-import platform
 import random
 from collections.abc import Iterator
-from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from result_file import cpu, write_result
+
 from feedback.reading import Reading
 from feedback.reply_styles import read_reply
-from feedback.shards import package_versions, write_json
 
 STYLE_OF_SOURCE = {
     "qlora_threeclass": "three-class",
@@ -244,24 +243,20 @@ def main() -> None:
     for (source, reason), count in reasons.most_common():
         print(f"{count:4d}  {source}: {reason}")
     print(figures)
-    write_json(
+    write_result(
         options.out,
-        {
-            "bench": "parse",
-            "command": "python benchmarks/parse.py",
-            "date": date.today().isoformat(),
-            "hardware": f"{platform.machine()} CPU",
-            "versions": package_versions(),
-            "figures": figures,
-            "runs": {
-                "sources": runs,
-                "reasons": [
-                    {"source": source, "reason": reason, "rows": count}
-                    for (source, reason), count in reasons.most_common()
-                ],
-                "disagreements": disagreements,
-                "left_out": left_out,
-            },
+        "parse",
+        command="python benchmarks/parse.py",
+        hardware=cpu(),
+        figures=figures,
+        runs={
+            "sources": runs,
+            "reasons": [
+                {"source": source, "reason": reason, "rows": count}
+                for (source, reason), count in reasons.most_common()
+            ],
+            "disagreements": disagreements,
+            "left_out": left_out,
         },
     )
 

@@ -11,17 +11,14 @@ benchmarks/results/ppo_learning.json.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
+from result_file import RESULTS, gpu, write_result
 
 from feedback.config import build_options, load_recipe
-from feedback.shards import package_versions, write_json
 from train import evaluate, ppo
 from train.evaluate import EvaluateOptions
 from train.ppo_config import PpoOptions
@@ -80,25 +77,15 @@ def main() -> None:
     parser.add_argument("--reward", type=Path, default=ROOT / "runs/compare/data/reward-model")
     parser.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "compare.toml")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "ppo-learning")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--sampler", default="vllm")
     parser.add_argument("--steps", type=int, default=22, help="as in the comparison")
     parser.add_argument("--limit", type=int, help="of the requests judged; None: all")
     given = parser.parse_args()
     recipe = load_recipe(given.recipe)
     figures = learn(given, recipe) | judge(given, recipe)
-    cuda = torch.cuda.is_available()
-    write_json(
-        given.out / "ppo_learning.json",
-        {
-            "bench": "ppo_learning",
-            "command": "python " + " ".join(sys.argv),
-            "date": datetime.date.today().isoformat(),
-            "hardware": f"1 x {torch.cuda.get_device_name()}" if cuda else "CPU",
-            "versions": package_versions(),
-            "figures": figures,
-        },
-    )
+    path = given.out / "ppo_learning.json"
+    write_result(path, "ppo_learning", hardware=gpu(), figures=figures, runs=[])
     print(json.dumps(figures, indent=2))
 
 

@@ -10,11 +10,9 @@ is the tests' own, on this machine, so that its figure holds no network. Rows ha
 
 from __future__ import annotations
 
-import datetime
 import itertools
 import json
 import os
-import platform
 import random
 import resource
 import shutil
@@ -26,11 +24,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from result_file import RESULTS, cpu, write_result
+
 from feedback.records import Preference, content_id
-from feedback.shards import ShardWriter, package_versions, write_json
+from feedback.shards import ShardWriter, package_versions
 
 ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results" / "publish_load.json"
 TEXT = (
     "please could you tell me about how the old harbour bridge was built and why it still stands "
     "after so many winters of ice wind salt rain trade war repair paint and very careful neglect "
@@ -132,16 +131,15 @@ def main(number: int) -> None:
             1,
         ),
     }
-    result = {
-        "bench": "publish_load",
-        "command": f"python benchmarks/publish_load.py {number}",
-        "date": datetime.date.today().isoformat(),
-        "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()})",
-        "versions": package_versions(("rlaif", "datasets", "huggingface_hub", "pyarrow")),
-        "figures": figures,
-        "runs": runs,
-    }
-    write_json(RESULTS, result)
+    write_result(
+        RESULTS / "publish_load.json",
+        "publish_load",
+        command=f"python benchmarks/publish_load.py {number}",
+        hardware=cpu(),
+        versions=package_versions(("huggingface_hub", "pyarrow")),
+        figures=figures,
+        runs=runs,
+    )
     print(json.dumps(figures, indent=2))
 
 

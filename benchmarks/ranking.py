@@ -11,20 +11,16 @@ random choice reaches with 56.
 from __future__ import annotations
 
 import argparse
-import datetime
 import math
-import platform
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from result_file import RESULTS, cpu, write_result
 
 from feedback.bradley_terry import Duel, fit_bradley_terry
 from feedback.cycles import kendall_tau
 from feedback.pair_schedule import Method, SchedulePlan, next_pairs
-from feedback.shards import package_versions, write_json
 
-ROOT = Path(__file__).parent.parent
 COUNT = 16
 SPREAD = 3.0
 BUDGETS = (16, 24, 32, 40, 48, 56, 80, 120)
@@ -79,17 +75,13 @@ def main() -> None:
         "prompts": prompts,
     }
     print(figures)
-    write_json(
-        ROOT / "benchmarks" / "results" / "ranking.json",
-        {
-            "bench": "ranking",
-            "command": f"python benchmarks/ranking.py --prompts {prompts}",
-            "date": datetime.date.today().isoformat(),
-            "hardware": f"{platform.machine()} CPU",
-            "versions": package_versions(),
-            "figures": figures,
-            "runs": runs,
-        },
+    write_result(
+        RESULTS / "ranking.json",
+        "ranking",
+        command=f"python benchmarks/ranking.py --prompts {prompts}",
+        hardware=cpu(),
+        figures=figures,
+        runs=runs,
     )
 
 

@@ -16,16 +16,14 @@ luck alone. ``--only`` runs some scenarios and puts their rows in the place of t
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from result_file import RESULTS, cpu, write_result
 
 from feedback.agreement import accuracy_halves, cohen_kappa, leave_one_out
 from feedback.bias import length_section
@@ -35,10 +33,8 @@ from feedback.observations import Pairs
 from feedback.outcomes import outcome_section
 from feedback.position import position_section
 from feedback.selfpreference import self_preference_section
-from feedback.shards import package_versions, write_json
+from feedback.shards import package_versions
 from feedback.simulation import Planted, simulate
-
-ROOT = Path(__file__).parent.parent
 
 
 class Scenario(NamedTuple):
@@ -249,7 +245,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(SCENARIOS), metavar="SCENARIO")
     parser.add_argument("--prompts", type=int, default=150)
     parser.add_argument("--truth-prompts", type=int, default=40_000)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     path = given.out / "report_simulation.json"
     started = time.monotonic()
@@ -279,34 +275,34 @@ def main() -> None:
         runs.append({"scenario": ARRAYS, **row})
         print(f"{ARRAYS:36} {row['figure']:44} {row['coverage']:.4f}", flush=True)
     seconds = round(time.monotonic() - started) + kept.get("seconds", 0) * bool(given.only)
-    write_json(path, summary(runs, given, seconds))
+    figures = summary(runs)
+    print(json.dumps(figures, indent=2))
+    write_result(
+        path,
+        "report_simulation",
+        command=f"python benchmarks/report_simulation.py --replicates {given.replicates} "
+        f"--prompts {given.prompts}",
+        hardware=cpu(),
+        seconds=seconds,
+        versions=package_versions(("numpy", "scipy")),
+        figures=figures,
+        runs=runs,
+    )
 
 
-def summary(runs: list[dict], given: argparse.Namespace, seconds: int) -> dict:
-    """Return the result file's content."""
+def summary(runs: list[dict]) -> dict[str, float]:
+    """Return coverage and recovery over all runs as one flat map."""
     planted = [0.93 <= float(row["coverage"]) <= 0.97 for row in runs if row["planted"]]
     fewest = min(row["replicates"] for row in runs)
     # The row drawn as arrays repeats a figure with ten times the runs.
     covered = [float(row["coverage"]) for row in runs if row["scenario"] != ARRAYS]
-    figures = {
+    return {
         "coverage": round(float(np.mean(covered)), 4),
         "coverage_lowest_figure": min(covered),
         "coverage_highest_figure": max(covered),
         "recovered": round(float(np.mean(planted)), 4),
         "standard_error_per_figure": round((0.95 * 0.05 / fewest) ** 0.5, 4),
         "intervals": sum(row["replicates"] for row in runs),
-    }
-    print(json.dumps(figures, indent=2))
-    return {
-        "bench": "report_simulation",
-        "command": f"python benchmarks/report_simulation.py --replicates {given.replicates} "
-        f"--prompts {given.prompts}",
-        "date": datetime.date.today().isoformat(),
-        "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()})",
-        "seconds": seconds,
-        "versions": package_versions(("rlaif", "numpy", "scipy")),
-        "figures": figures,
-        "runs": runs,
     }
 
 

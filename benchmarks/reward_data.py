@@ -59,7 +59,7 @@ PHENOMENA = {
 BUCKETS = 2**16
 ITEMS = 400
 
-TASKS = ("blimp", "ukp", "blimp_phenomena")
+TASKS = ("ukp", "blimp", "blimp_phenomena")
 
 
 class JudgedPair(NamedTuple):

@@ -12,11 +12,8 @@ verdicts stay of the smaller size, 31,032 of the larger one, which therefore nee
 
 from __future__ import annotations
 
-import datetime
 import json
 import math
-import os
-import platform
 import random
 import resource
 import shutil
@@ -28,6 +25,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from result_file import RESULTS, cpu, write_result
+
 from feedback import pairing_run
 from feedback.backends import JudgeReply
 from feedback.budget import Budget
@@ -37,10 +36,9 @@ from feedback.pairing import PairOptions
 from feedback.progress import ProgressBar
 from feedback.questions import QuestionPlan, questions_of
 from feedback.records import Candidates, Completion, JudgeIdentity, Usage, Verdict, encode
-from feedback.shards import ShardWriter, package_versions, write_json
+from feedback.shards import ShardWriter
 from feedback.templates import load_rubric, load_template
 
-RESULTS = Path(__file__).parent / "results" / "shards_scale.json"
 QUESTIONS_PER_PROMPT = 12
 WORDS = ("a", "table", "for", "four", "people", "at", "noon", "please", "book", "the", "flight")
 
@@ -166,16 +164,14 @@ def main(rows: int) -> None:
         figures[f"{name}_rows_per_s"] = round(large["rows"] / large["seconds"])
         figures[f"{name}_peak_mib"] = round(large["peak_mib"], 1)
         figures[f"{name}_peak_growth_mib"] = round(large["peak_mib"] - small["peak_mib"], 1)
-    result = {
-        "bench": "shards_scale",
-        "command": f"python benchmarks/shards_scale.py {rows}",
-        "date": datetime.date.today().isoformat(),
-        "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()})",
-        "versions": package_versions(),
-        "figures": figures,
-        "runs": runs,
-    }
-    write_json(RESULTS, result)
+    write_result(
+        RESULTS / "shards_scale.json",
+        "shards_scale",
+        command=f"python benchmarks/shards_scale.py {rows}",
+        hardware=cpu(),
+        figures=figures,
+        runs=runs,
+    )
     print(json.dumps(figures, indent=2))
 
 

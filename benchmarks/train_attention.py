@@ -11,16 +11,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from result_file import gpu, write_result
 from train_work import MIXES, SHAPES, make_groups
 
-from feedback.shards import package_versions, write_json
 from train import triton_attention
 from train.attention import attention_inputs, packed_attention, with_layout
 from train.packing import PackedBatch, group_tokens, pack_groups
@@ -196,18 +194,8 @@ def main() -> None:
             figures[f"{kernel}_{label}_ms"] = took
             print(f"{label} {kernel:7s} {took:7.3f} ms forward and backward", flush=True)
     if args.out:
-        write_json(
-            Path(args.out) / "train_attention.json",
-            {
-                "bench": "train_attention",
-                "command": "python " + " ".join(sys.argv),
-                "date": time.strftime("%Y-%m-%d"),
-                "hardware": torch.cuda.get_device_name(),
-                "versions": package_versions(),
-                "figures": figures,
-                "runs": runs,
-            },
-        )
+        path = Path(args.out) / "train_attention.json"
+        write_result(path, "train_attention", hardware=gpu(), figures=figures, runs=runs)
 
 
 if __name__ == "__main__":

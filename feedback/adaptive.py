@@ -43,7 +43,8 @@ class PairRounds:
     Args:
         rows: the prompts' candidates.
         plan: an adaptive plan.
-        known: returns the verdicts of a prompt that this judge has given in earlier runs.
+        known: returns what this judge was asked of a prompt in earlier runs. Calls that failed
+            are among them: their pairs were begun, and are asked again before any other.
     """
 
     def __init__(

@@ -11,17 +11,27 @@ import datetime
 import re
 import threading
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from feedback.backends import JudgeCall
-from feedback.errors import InputError, nearest
+from feedback.backends import Backend, Charging, JudgeCall, SampleCall
+from feedback.config import EngineOptions
+from feedback.errors import BudgetExceeded, InputError, nearest
 from feedback.records import Message, Usage
 from feedback.templates import prompts_folder
+from feedback.unread import PAID
 
-__all__ = ["Budget", "Price", "Spent", "estimate_tokens", "find_price"]
+__all__ = [
+    "Budget",
+    "Price",
+    "Spent",
+    "call_tokens",
+    "engine_price",
+    "estimate_tokens",
+    "find_price",
+]
 
 # What a token of ordinary text holds, before a run has measured it.
 _CHARACTERS_PER_TOKEN = 4.0
@@ -84,6 +94,25 @@ def find_price(model: str, prices: Path | None = None) -> Price | None:
     return known[max(fitting, key=len)] if fitting else None
 
 
+def engine_price(
+    engine: EngineOptions, *, prices: Path | None = None, max_cost: float | None = None
+) -> Price | None:
+    """Return the price of an engine's model; None for engines in this process, or if unknown.
+
+    Raises:
+        InputError: the price is unknown, and there is a limit on cost.
+    """
+    paid = engine.backend in PAID
+    price = find_price(engine.model, prices) if paid else None
+    if paid and price is None and max_cost is not None:
+        where = prices or "prompts/prices.toml"
+        raise InputError(
+            f"--max-cost needs the price of {engine.model!r}; add it to {where} "
+            "(0 for a server of your own)"
+        )
+    return price
+
+
 def _price(name: str, entry: Any, path: Path) -> Price:
     names = {entry.name for entry in fields(Price)}
     if not isinstance(entry, dict):
@@ -118,6 +147,14 @@ def estimate_tokens(
         + _TOKENS_PER_MESSAGE * len(messages),
         completion_tokens=reply_tokens,
     )
+
+
+def call_tokens(
+    call: JudgeCall | SampleCall, characters_per_token: float = _CHARACTERS_PER_TOKEN
+) -> Usage:
+    """Return the tokens that a call will take at most."""
+    replies = call.n if isinstance(call, SampleCall) else 1
+    return estimate_tokens(call.messages, replies * call.max_tokens, characters_per_token)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -179,14 +216,46 @@ class Budget:
     _measured_tokens: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def expect(self, call: JudgeCall) -> Usage:
+    @property
+    def said(self) -> str:
+        """What the run has spent, for the end of a line; empty where nothing has a price."""
+        return "" if self.price is None else f", ${self.spent.cost:.4f} spent"
+
+    def stop(self) -> BudgetExceeded:
+        """Return the error that ends a sampling run at the limit that was reached."""
+        return BudgetExceeded(
+            f"stopped at {self.reached} with {self.spent.calls} calls answered in this run"
+            f"{self.said}; what they gave is on disk: run the same command again to continue"
+        )
+
+    def expect(self, call: JudgeCall | SampleCall) -> Usage:
         """Return the tokens that a call is expected to take, by what this run has measured."""
         if self._measured_tokens > 1000:
-            ratio = self._characters / self._measured_tokens
-            return estimate_tokens(call.messages, call.max_tokens, ratio)
-        return estimate_tokens(call.messages, call.max_tokens)
+            return call_tokens(call, self._characters / self._measured_tokens)
+        return call_tokens(call)
 
-    def admit(self, call: JudgeCall) -> bool:
+    def admit_all(self, calls: Sequence[JudgeCall | SampleCall]) -> bool:
+        """Return whether calls fit into the limits together; count all as under way, or none."""
+        for place, call in enumerate(calls):
+            if not self.admit(call):
+                self.release(before.call_id for before in calls[:place])
+                return False
+        return True
+
+    def release(self, call_ids: Iterable[str]) -> None:
+        """Take back calls that were admitted and not sent."""
+        with self._lock:
+            for call_id in call_ids:
+                call = self._open.pop(call_id)
+                self._open_tokens -= call.tokens
+                self._open_cost -= call.cost
+
+    def send(self, call: JudgeCall | SampleCall) -> None:
+        """Note what an admitted call holds, where it was planned with other text."""
+        with self._lock:
+            self._open[call.call_id].characters = _characters(call)
+
+    def admit(self, call: JudgeCall | SampleCall) -> bool:
         """Return whether a call fits into the limits; if so, count it as under way."""
         usage = self.expect(call)
         tokens = usage.prompt_tokens + usage.completion_tokens
@@ -194,8 +263,7 @@ class Budget:
         with self._lock:
             if not self._fits(calls=1, tokens=tokens, cost=cost):
                 return False
-            characters = sum(len(turn["content"]) for turn in call.messages)
-            self._open[call.call_id] = _Open(tokens, cost, characters)
+            self._open[call.call_id] = _Open(tokens, cost, _characters(call))
             self._open_tokens += tokens
             self._open_cost += cost
         return True
@@ -215,6 +283,12 @@ class Budget:
 
     def _price(self, usage: Usage) -> float:
         return 0.0 if self.price is None else self.price.of(usage, batch=self.batch)
+
+    def charged(self, backend: Backend) -> Backend:
+        """Return an engine that tells this budget of what it wastes."""
+        if isinstance(backend, Charging):
+            backend.on_waste = self.waste
+        return backend
 
     def waste(self, call_id: str, usage: Usage) -> bool:
         """Count an attempt that was billed and gave nothing; return whether another one fits.
@@ -252,3 +326,7 @@ class Budget:
             self.spent.calls += 1
             self.spent.add(last, self._price(last))
             return self._price(wasted + last)
+
+
+def _characters(call: JudgeCall | SampleCall) -> int:
+    return sum(len(turn["content"]) for turn in call.messages)

@@ -39,11 +39,11 @@ class ReplyCache:
         identity: the judge whose replies are kept.
 
     Raises:
-        InputError: the file is not a cache of ours; later, that it can no longer be used.
+        InputError: the file is not a cache of ours, or cannot be made there; later, that it can no
+            longer be used.
     """
 
     def __init__(self, path: Path, identity: JudgeIdentity):
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.identity = identity
         self.hits = 0
         self._encoder = msgspec.msgpack.Encoder()
@@ -51,7 +51,14 @@ class ReplyCache:
         self._lock = threading.Lock()
         self._path = path
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             self._database = _open(path)
+        except (OSError, sqlite3.OperationalError) as error:
+            raise InputError(
+                "the reply cache cannot be created here; name a writable file with --cache, or "
+                f"--cache none ({error})",
+                path=path,
+            ) from error
         except sqlite3.DatabaseError as error:
             raise InputError(f"not a reply cache: {error}; name another file", path=path) from error
 

@@ -19,6 +19,8 @@ from feedback.errors import RecipeError, nearest
 
 __all__ = [
     "EngineOptions",
+    "above",
+    "at_least",
     "build_options",
     "load_recipe",
     "option_values",
@@ -77,6 +79,38 @@ class EngineOptions:
     """Verdict folder whose recorded replies the replay engine answers from."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Further keyword arguments for the engine's constructor."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        at_least(self, 1, "concurrency", "batch_tokens", "tensor_parallel", "max_model_len")
+        at_least(self, 0, "max_retries")
+        above(self, 0, "timeout_s", "requests_per_minute", "tokens_per_minute", "gpu_memory")
+        if self.gpu_memory > 1:
+            raise RecipeError(f"gpu_memory is {self.gpu_memory}; it is a share, at most 1")
+
+
+def at_least(options: Any, least: float, *names: str) -> None:
+    """Refuse numbers of an options dataclass that are below ``least``; None stands for no number.
+
+    Raises:
+        RecipeError: names the first.
+    """
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not value >= least:
+            raise RecipeError(f"{name} is {value:g}; it must be at least {least:g}")
+
+
+def above(options: Any, limit: float, *names: str) -> None:
+    """Refuse numbers of an options dataclass that are not above ``limit``, as ``at_least`` does.
+
+    Raises:
+        RecipeError: names the first.
+    """
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not value > limit:
+            raise RecipeError(f"{name} is {value:g}; it must be above {limit:g}")
 
 
 def load_recipe(path: Path | str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import msgspec
 
 from feedback.errors import InputError, nearest
 from feedback.records import Candidates, Prompt, PromptText, content_id, decode
+from feedback.row_hints import row_hint
 from feedback.shards import KINDS, folder_kind, shard_paths
 from feedback.verdict_index import SeenIds
 
@@ -112,7 +113,9 @@ def checked_candidates(source: Path) -> Iterator[Candidates]:
         try:
             row = decode(text, Candidates)
         except ValueError as error:
-            raise InputError(f"not a candidates row: {error}", path=path, line=line) from error
+            raise InputError(
+                f"not a candidates row: {error}{row_hint(text, Candidates)}", path=path, line=line
+            ) from error
         _check_prompt(row.prompt, path, line)
         ids = [completion.completion_id for completion in row.completions]
         if len(set(ids)) < len(ids):

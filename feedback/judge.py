@@ -147,9 +147,7 @@ class Judge:
     @property
     def reads_choices(self) -> bool:
         """Whether the verdict is read from label probabilities."""
-        return (
-            self.use_logprobs and self.template.mode == "label" and self.template.kind != "listwise"
-        )
+        return self.use_logprobs and self.template.reads_labels
 
     @property
     def _all_criteria(self) -> dict[str, float]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from feedback.config import EngineOptions
+from feedback.config import EngineOptions, at_least
 from feedback.errors import RecipeError
 from feedback.ordering import Orders, PairPolicy
 from feedback.panel import CascadeOptions, PanelOptions
@@ -86,14 +86,12 @@ class JudgeOptions:
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
-        for name in ("repeats", "pairs_per_prompt", "max_prompt_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise RecipeError(f"{name} is {value}; it must be at least 1")
+        at_least(self, 1, "repeats", "pairs_per_prompt", "max_prompt_tokens")
+        at_least(self, 1, "max_calls", "max_tokens")
+        at_least(self, 0, "max_cost", "reply_tokens")
         if not 0 <= self.min_mass < 1:
             raise RecipeError(f"min_mass is {self.min_mass}; it must be in [0, 1)")
-        if self.temperature < 0:
-            raise RecipeError(f"temperature is {self.temperature}; it must be at least 0")
+        at_least(self, 0, "temperature")
         local = self.engine.backend in ("transformers", "vllm", "replay")
         if self.ask_again and (self.engine.backend == "replay" or (local and not self.temperature)):
             raise RecipeError(

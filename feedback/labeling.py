@@ -225,13 +225,14 @@ def _label(options: JudgeOptions, passes: Sequence[_Pass], work: Work) -> None:
                 if run is None:
                     record = run_record(options, [row.member for row in passes], judge)
                     make_way(options.out, record, options.on_change)
+                    kept = ". Replies that were paid for stay in the cache" if cache else ""
                     run = LabelingRun(
                         judge,
                         backend,
                         folder=options.out,
                         budget=budget,
                         cache=cache,
-                        claim=functools.partial(claim_folder, options.out, record),
+                        claim=functools.partial(claim_folder, options.out, record, kept=kept),
                     )
                     closing.callback(run.close)
                     if options.ask_again:
@@ -281,8 +282,8 @@ def _finish(
     say(run.totals.line())
     if run.budget.reached:
         raise BudgetExceeded(
-            f"stopped at {run.budget.reached} with {run.totals.verdicts} verdicts of this run on "
-            "disk; run the same command with a higher limit to continue"
+            f"stopped at {run.budget.reached} with {run.totals.said} of this run on disk; run the "
+            "same command with a higher limit to continue"
         )
     info = _manifest(options, passes, judges, work)
     combination = combination_of(options)

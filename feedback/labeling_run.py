@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from feedback.backends import Backend, Charging, JudgeCall
+from feedback.backends import Backend, JudgeCall
+from feedback.begun import BegunCalls
 from feedback.budget import Budget
 from feedback.cache import ReplyCache
 from feedback.judge import Asked, Judge, Question
@@ -56,6 +57,12 @@ class RunTotals:
     def verdicts(self) -> int:
         """Verdicts of this run, failed calls included."""
         return self.outcomes.total()
+
+    @property
+    def said(self) -> str:
+        """Return how many verdicts there are, in words; calls that failed are none."""
+        failed = self.outcomes["failed"]
+        return f"{self.verdicts - failed} verdicts" + (f", {failed} failed" if failed else "")
 
     def line(self) -> str:
         """Return the closing line: what was done, how fast, and what it cost."""
@@ -102,7 +109,7 @@ class LabelingRun:
         # What was taken out to be asked again gets other seeds, in whichever run that happens.
         self.judge = dataclasses.replace(judge, turn=_lines(folder / REPLACED))
         self.budget = budget
-        self.backend = self._charged(backend)
+        self.backend = budget.charged(backend)
         self.cache = cache
         self.totals = RunTotals()
         self.listener: Callable[[Verdict], None] | None = None
@@ -113,6 +120,7 @@ class LabelingRun:
         try:
             self._index = VerdictIndex(folder)
             # What failed before is asked again now, so its old rows go.
+            self._begun = BegunCalls(folder)
             self._failed: BinaryIO = (folder / FAILED).open("wb")
         except BaseException:
             self.writer.close()
@@ -134,20 +142,18 @@ class LabelingRun:
     def use(self, judge: Judge, backend: Backend, cache: ReplyCache | None) -> None:
         """Go on with another judge: what it is asked next is written to the same folder."""
         self.judge = dataclasses.replace(judge, turn=self.judge.turn)
-        self.backend, self.cache = self._charged(backend), cache
+        self.backend, self.cache = self.budget.charged(backend), cache
         self.listener = None
 
-    def _charged(self, backend: Backend) -> Backend:
-        if isinstance(backend, Charging):
-            backend.on_waste = self.budget.waste
-        return backend
-
     def known(self, prompt_id: str) -> list[Verdict]:
-        """Return what this judge said of a prompt in earlier runs, failed calls left out."""
+        """Return what this judge was asked of a prompt in earlier runs; some calls failed."""
         judge = (self.judge.identity, self.judge.template.sha256, self.judge.member)
+        final = self._index.verdicts(prompt_id)
+        answered = {row.verdict_id for row in final}
+        failed = [row for row in self._begun.verdicts(prompt_id) if row.verdict_id not in answered]
         return [
             row
-            for row in self._index.verdicts(prompt_id)
+            for row in final + failed
             if (row.judge, row.template_sha256, row.meta.get("member")) == judge
         ]
 
@@ -233,6 +239,7 @@ class LabelingRun:
             count(verdict)  # a reply that could not be used was billed all the same
         if not failed:
             (self.writer.folder / FAILED).unlink()
+        self._begun.forget()
         self.writer.finish({**info, "failed": failed, "totals": totals}, count=count)
 
     def close(self) -> None:
@@ -240,6 +247,7 @@ class LabelingRun:
         with contextlib.ExitStack() as closing:  # each is closed, whatever the others do
             closing.callback(self.writer.close)
             closing.callback(self._index.close)
+            closing.callback(self._begun.close)
             with writing(self.writer.folder / FAILED):
                 self._failed.close()
 

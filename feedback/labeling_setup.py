@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from feedback.backends import Backend
 from feedback.backends.identity import identity_of
-from feedback.backends.opening import check_engine
-from feedback.budget import Budget, Price, find_price
+from feedback.backends.opening import check_openable
+from feedback.budget import Budget, Price, engine_price
 from feedback.cache import ReplyCache
 from feedback.constitution import load_constitution
 from feedback.errors import InputError, RecipeError, TemplateError
@@ -27,6 +27,15 @@ from feedback.questions import QuestionPlan, expected_questions, questions_of
 from feedback.records import Candidates, JudgeIdentity
 from feedback.shards import MANIFEST, file_sha256, manifest_sha256, read_rows
 from feedback.templates import Template, load_criteria, load_template
+from feedback.unread import (
+    BY_ANSWER,
+    BY_BACKEND,
+    BY_KIND,
+    BY_MODE,
+    PAID,
+    check_engine,
+    refuse_unread,
+)
 
 __all__ = [
     "LOCAL_ENGINES",
@@ -75,8 +84,21 @@ def members_of(options: JudgeOptions) -> list[Member]:
     """Return the judges of a run, in the order in which they are asked.
 
     Raises:
-        RecipeError: two of them are the same, or their answers cannot be merged.
+        RecipeError: two of them are the same, their answers cannot be merged, or an option does
+            nothing with any of them.
     """
+    members = _members(options)
+    for member in members:
+        which = f"judge {member.number + 1}: " if member.number else ""
+        check_engine(member.options.engine, prefix=f"{which}engine.")
+    if len(members) > 1:
+        _check_distinct(members)
+        _check_same_question(options, members)
+    _refuse_unread(options, members)
+    return members
+
+
+def _members(options: JudgeOptions) -> list[Member]:
     if options.panel is None and options.cascade is None:
         return [Member(options, None)]
     others = options.panel.judges if options.panel is not None else ()
@@ -91,6 +113,11 @@ def members_of(options: JudgeOptions) -> list[Member]:
         members.append(Member(changed, len(members)))
     if len(members) < 2:
         raise RecipeError("[judge.panel] has no [[judge.panel.judges]]")
+    return members
+
+
+def _check_distinct(members: Sequence[Member]) -> None:
+    """Refuse one judge under two numbers."""
     # By what shapes the replies: one that merely runs with another concurrency is the same judge.
     asked = [
         (identity_of(row.engine), row.engine.replay_from, row.template, row.rubric)
@@ -98,8 +125,27 @@ def members_of(options: JudgeOptions) -> list[Member]:
     ]
     if any(entry in asked[:place] for place, entry in enumerate(asked)):
         raise RecipeError("two judges have the same engine, template and rubric")
-    _check_same_question(options, members)
-    return members
+
+
+def _refuse_unread(options: JudgeOptions, members: Sequence[Member]) -> None:
+    """Refuse what none of the judges reads."""
+    pairs = [(row.options, load_template(row.options.template)) for row in members]
+    refuse_unread(options, BY_BACKEND, [judge.engine.backend for judge, _ in pairs])
+    refuse_unread(options, BY_KIND, [template.kind for _, template in pairs])
+    refuse_unread(options, BY_MODE, [_mode(template) for _, template in pairs])
+    refuse_unread(options, BY_ANSWER, [_answer(*pair) for pair in pairs])
+
+
+def _mode(template: Template) -> str:
+    return "list" if template.kind == "listwise" else template.mode
+
+
+def _answer(options: JudgeOptions, template: Template) -> str:
+    """Return what can differ when a question is asked once more."""
+    if options.engine.backend in PAID:
+        return "an endpoint's"
+    reads_text = options.read == "text" or not template.reads_labels
+    return "sampled text" if options.temperature > 0 and reads_text else "always the same"
 
 
 def _check_same_question(options: JudgeOptions, members: Sequence[Member]) -> None:
@@ -140,7 +186,7 @@ def check_judges(members: Sequence[Member]) -> None:
         price_of(options)
         check_tokenizer(options)
         if number:  # the first is opened at once
-            check_engine(options.engine)
+            check_openable(options.engine)
 
 
 def check_tokenizer(options: JudgeOptions) -> None:
@@ -302,15 +348,7 @@ def price_of(options: JudgeOptions) -> Price | None:
     Raises:
         InputError: the price is unknown, and there is a limit on cost.
     """
-    paid = options.engine.backend not in LOCAL_ENGINES
-    price = find_price(options.engine.model, options.prices) if paid else None
-    if paid and price is None and options.max_cost is not None:
-        where = options.prices or "prompts/prices.toml"
-        raise InputError(
-            f"--max-cost needs the price of {options.engine.model!r}; add it to {where} "
-            "(0 for a server of your own)"
-        )
-    return price
+    return engine_price(options.engine, prices=options.prices, max_cost=options.max_cost)
 
 
 def make_budget(options: JudgeOptions) -> Budget:

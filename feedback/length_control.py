@@ -35,7 +35,7 @@ class Duels:
 
     model: str
     win: Floats
-    """(n,): P(model preferred)."""
+    """(n,): P(model preferred), or 1, 0.5 and 0 for won, level and lost."""
     gap: Floats
     """(n,): characters of the model's answer less the baseline's."""
     prompt: Ints

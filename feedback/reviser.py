@@ -4,42 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import re
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from feedback.backends import Backend, SampleCall, SampleReply
-from feedback.constitution import Principle, draw_principle
-from feedback.records import (
-    Candidates,
-    Completion,
-    Message,
-    content_id,
-    normalise_text,
-    prompt_messages,
-)
-from feedback.templates import prompts_folder
+from feedback.budget import Budget
+from feedback.constitution import Principle
+from feedback.records import Candidates, Completion, content_id, normalise_text
+from feedback.revision_calls import RevisionCalls
 
-__all__ = ["Reviser", "RevisionPlan"]
-
-_PLACEHOLDER = re.compile(r"\{(critique|revise)\}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RevisionPlan:
-    """How completions are revised; the fields are those of ``ReviseOptions``."""
-
-    rounds: int = 1
-    completions: Literal["first", "all"] = "first"
-    keep: Literal["all", "ends", "last"] = "all"
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_tokens: int = 256
-    critique_tokens: int = 192
-    seed: int = 0
+__all__ = ["Reviser"]
 
 
 @dataclass(slots=True)
@@ -66,32 +42,50 @@ class Reviser:
 
     Args:
         backend: the model.
-        principles: with both forms, ``critique`` and ``revise``.
-        plan: rounds, sampling, what is kept.
+        calls: what it is asked.
+        budget: limits and prices.
     """
 
-    def __init__(self, backend: Backend, principles: Sequence[Principle], plan: RevisionPlan):
-        self.backend = backend
-        self.principles = principles
-        self.plan = plan
+    def __init__(self, backend: Backend, calls: RevisionCalls, budget: Budget):
+        self.backend = budget.charged(backend)
+        self.calls = calls
+        self.plan = calls.plan
+        self.budget = budget
         self.counts: Counter[str] = Counter()
         self.errors: dict[str, str] = {}
-        self._requests = _load_requests()
+        self._reserved: set[str] = set()
 
     def revise(self, rows: Sequence[Candidates]) -> Iterator[Candidates]:
-        """Yield the rows with their revisions, in order; those with a failed call are left out."""
-        chains = [
-            _Chain(row, [completion])
-            for row in rows
-            for completion in row.completions[: 1 if self.plan.completions == "first" else None]
-        ]
+        """Yield the rows with their revisions, in order, as far as the budget goes.
+
+        Those with a failed call are left out. A row is begun only if all of its calls fit: a
+        critique without its revision would be paid for again.
+        """
+        while rows:
+            begun = self._admitted(rows)
+            if not begun:
+                return
+            rows = rows[len(begun) :]
+            self.budget.reached = ""  # what these leave over is there for the next
+            yield from self._revise(begun)
+            self.budget.release(self._reserved)
+            self._reserved.clear()
+
+    def _admitted(self, rows: Sequence[Candidates]) -> Sequence[Candidates]:
+        """Return the first rows, as many as the budget has room for."""
+        for place, row in enumerate(rows):
+            expected = self.calls.expected(row)
+            if not self.budget.admit_all(expected):
+                return rows[:place]
+            self._reserved |= {call.call_id for call in expected}
+        return rows
+
+    def _revise(self, rows: Sequence[Candidates]) -> Iterator[Candidates]:
+        chains = [_Chain(row, [source]) for row in rows for source in self.calls.chosen(row)]
         for turn in range(self.plan.rounds):
             open_chains = [chain for chain in chains if len(chain.versions) == turn + 1]
             for chain in open_chains:
-                source = chain.versions[0].completion_id
-                chain.principle = draw_principle(
-                    self.principles, self.plan.seed, chain.row.prompt_id, source, turn
-                )
+                chain.principle = self.calls.principle(chain.row, chain.versions[0], turn)
             self._pass(open_chains, self._critique_call, self._take_critique)
             self._pass(
                 [chain for chain in open_chains if chain.critique],
@@ -110,8 +104,12 @@ class Reviser:
         take: Callable[[_Chain, SampleCall, SampleReply], None],
     ) -> None:
         steps = {(call := ask(chain)).call_id: _Step(chain, call) for chain in chains}
+        for step in steps.values():
+            self.budget.send(step.call)
         for reply in self.backend.sample(step.call for step in list(steps.values())):
             chain, call = steps.pop(reply.call_id)
+            self._reserved.discard(reply.call_id)
+            self.budget.settle(reply.call_id, reply.usage)
             if reply.error is not None or not reply.texts:
                 chain.error = reply.error or "the engine gave no text"
                 self.counts["failed calls"] += 1
@@ -122,40 +120,12 @@ class Reviser:
             self.counts["failed calls"] += 1
 
     def _critique_call(self, chain: _Chain) -> SampleCall:
-        return self._call(chain, self._critique_messages(chain), self.plan.critique_tokens)
+        assert chain.principle is not None
+        return self.calls.critique(chain.row, chain.versions, chain.principle)
 
     def _revision_call(self, chain: _Chain) -> SampleCall:
         assert chain.principle is not None
-        messages = [
-            *self._critique_messages(chain),
-            Message(role="assistant", content=chain.critique),
-            Message(role="user", content=self._request("revise", chain.principle)),
-        ]
-        return self._call(chain, messages, self.plan.max_tokens)
-
-    def _critique_messages(self, chain: _Chain) -> list[Message]:
-        assert chain.principle is not None
-        return [
-            *prompt_messages(chain.row.prompt),
-            Message(role="assistant", content=chain.versions[-1].completion),
-            Message(role="user", content=self._request("critique", chain.principle)),
-        ]
-
-    def _request(self, form: str, principle: Principle) -> str:
-        forms = {"critique": principle.critique, "revise": principle.revise}
-        return _PLACEHOLDER.sub(lambda found: forms[found[1]], self._requests[form]).strip()
-
-    def _call(self, chain: _Chain, messages: list[Message], max_tokens: int) -> SampleCall:
-        name = [chain.row.prompt_id, chain.versions[0].completion_id, len(messages)]
-        identity = content_id("revise", name, len(chain.versions), self.plan.seed)
-        return SampleCall(
-            call_id=identity,
-            messages=tuple(messages),
-            max_tokens=max_tokens,
-            temperature=self.plan.temperature,
-            top_p=self.plan.top_p,
-            seed=int(identity[:7], 16),
-        )
+        return self.calls.revision(chain.row, chain.versions, chain.principle, chain.critique)
 
     def _take_critique(self, chain: _Chain, call: SampleCall, reply: SampleReply) -> None:
         chain.critique = reply.texts[0].strip()
@@ -218,8 +188,3 @@ def _distinct(completions: Iterable[Completion]) -> list[Completion]:
             seen.add(text)
             kept.append(completion)
     return kept
-
-
-def _load_requests() -> dict[str, str]:
-    path = prompts_folder() / "revision.toml"
-    return tomllib.loads(path.read_text(encoding="utf-8"))

@@ -10,6 +10,7 @@ which principle and after which critique.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from collections.abc import Iterator
@@ -19,17 +20,27 @@ from typing import Literal
 
 from feedback.backends.identity import engine_record
 from feedback.backends.opening import open_backend
-from feedback.config import EngineOptions, recipe_of
+from feedback.budget import Budget, Price, engine_price
+from feedback.config import EngineOptions, at_least, recipe_of
 from feedback.constitution import load_constitution
 from feedback.errors import RecipeError
+from feedback.estimate import Estimate, finished_prompts
 from feedback.inputs import checked_candidates
 from feedback.labeling_setup import candidates_sha256
 from feedback.progress import ProgressBar, say
 from feedback.provenance import sampling_record
 from feedback.records import Candidates
-from feedback.reviser import Reviser, RevisionPlan
-from feedback.run_folder import check_not_all_failed, claim_folder, started
+from feedback.reviser import Reviser
+from feedback.revision_calls import RevisionCalls, RevisionPlan
+from feedback.run_folder import (
+    OnChange,
+    check_not_all_failed,
+    claim_folder,
+    make_way,
+    started,
+)
 from feedback.shards import ShardWriter, write_text
+from feedback.unread import BY_BACKEND, check_engine, refuse_unread
 from feedback.verdict_index import FAILED, SeenIds
 
 __all__ = ["ReviseOptions", "run"]
@@ -66,6 +77,17 @@ class ReviseOptions:
     """Longest critique in tokens."""
     seed: int = 0
     """Seed of drawn principles and of all draws."""
+    prices: Path | None = None
+    """Price table; None: prompts/prices.toml."""
+    max_cost: float | None = None
+    """Stop before this run has spent so many US dollars; what is done is kept."""
+    max_calls: int | None = None
+    """Stop after so many calls of this run; a row is begun only if all of its calls fit."""
+    on_change: OnChange = "refuse"
+    """What happens to completions in --out that were made with other settings: refuse to go on;
+    set-aside: move them to a folder beside it; replace: remove them."""
+    dry_run: bool = False
+    """Print calls, tokens and price, and stop before anything is sent."""
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
@@ -73,19 +95,28 @@ class ReviseOptions:
             raise RecipeError("rounds, max_tokens and critique_tokens must be at least 1")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise RecipeError("temperature must be at least 0, and top_p in (0, 1]")
+        at_least(self, 1, "max_calls")
+        at_least(self, 0, "max_cost")
 
 
 def run(options: ReviseOptions) -> None:
     """Revise the completions of all prompts.
 
     Raises:
-        InputError: the candidates are wrong; nothing has been sampled.
+        InputError: the candidates or options are wrong; nothing has been sampled.
         TemplateError: the constitution has no principle that criticises and revises.
         BackendError: the model cannot be loaded, or every call failed.
+        BudgetExceeded: a limit was reached; what is done is on disk, and the run can be continued.
     """
     constitution = load_constitution(options.constitution)
-    principles = constitution.having("critique", "revise")
+    calls = RevisionCalls(constitution.having("critique", "revise"), _plan(options))
     total = sum(1 for _ in checked_candidates(options.candidates))
+    check_engine(options.engine)
+    refuse_unread(options, BY_BACKEND, [options.engine.backend])
+    price = engine_price(options.engine, prices=options.prices, max_cost=options.max_cost)
+    if options.dry_run:
+        _say_dry_run(options, calls, price)
+        return
     record = {
         "candidates_sha256": candidates_sha256(options.candidates),
         "constitution": constitution.describe(),
@@ -93,32 +124,62 @@ def run(options: ReviseOptions) -> None:
         "engine": engine_record(options.engine),
         **asdict(_plan(options)),
     }
+    make_way(options.out, record, options.on_change)
+    budget = Budget(
+        price=price,
+        batch=options.engine.backend == "batch",
+        max_cost=options.max_cost,
+        max_calls=options.max_calls,
+    )
     claim = functools.partial(claim_folder, options.out, record)
     with ShardWriter[Candidates](options.out, "candidates", claim=claim) as writer:
-        done = SeenIds()
-        for row in writer.existing():
-            done.add(row.prompt_id, 0)
-        backend = open_backend(options.engine)
-        try:
-            reviser = Reviser(backend, principles, _plan(options))
-            with ProgressBar("revising", total) as bar:
-                for block in _blocks(options.candidates, done, bar):
-                    for row in reviser.revise(block):
-                        writer.append(row)
-                    bar.advance(len(block))
-        finally:
-            backend.close()
-            done.close()
+        with contextlib.closing(open_backend(options.engine)) as backend:
+            if note := backend.prepare(()).note:
+                say(f"{options.engine.model}: {note}")
+            reviser = Reviser(backend, calls, budget)
+            _revise(options, reviser, writer, total)
         _write_failed(options.out, reviser.errors)
+        if budget.reached:
+            raise budget.stop()
         info = {"stage": "revise", **record, "prompts": total, "failed": len(reviser.errors)}
-        calls = {"counts_of_calls": dict(reviser.counts), "started": started(options.out)}
+        counts = {"counts_of_calls": dict(reviser.counts), "started": started(options.out)}
         before = {"revised_from": sampling_record(options.candidates)}
         writer.finish(
-            {**info, **calls, **before, "recipe": recipe_of(options)},
+            {**info, **counts, **before, "recipe": recipe_of(options)},
             count=lambda row: f"{len(row.completions)} completions",
         )
     _say_outcome(options, reviser, total)
     check_not_all_failed(options.out)
+
+
+def _revise(
+    options: ReviseOptions, reviser: Reviser, writer: ShardWriter[Candidates], total: int
+) -> None:
+    """Revise and write what is not on disk yet, as far as the budget goes."""
+    with (
+        contextlib.closing(finished_prompts(options.out)) as done,
+        ProgressBar("revising", total) as bar,
+    ):
+        for block in _blocks(options.candidates, done, bar):
+            for row in reviser.revise(block):
+                writer.append(row)
+            bar.advance(len(block))
+            if reviser.budget.reached:
+                return
+
+
+def _say_dry_run(options: ReviseOptions, calls: RevisionCalls, price: Price | None) -> None:
+    """Print what the run would send for prompts that have no row yet."""
+    estimate = Estimate(engine=options.engine, price=price)
+    waiting = 0
+    with contextlib.closing(finished_prompts(options.out)) as done:
+        for row in checked_candidates(options.candidates):
+            if row.completions and row.prompt_id not in done:
+                waiting += 1
+                estimate.add(calls.expected(row))
+    say(f"{waiting} prompts to revise")
+    for line in estimate.lines(most="at most "):
+        say(line)
 
 
 def _plan(options: ReviseOptions) -> RevisionPlan:
@@ -150,7 +211,8 @@ def _write_failed(folder: Path, errors: dict[str, str]) -> None:
 def _say_outcome(options: ReviseOptions, reviser: Reviser, total: int) -> None:
     counts = reviser.counts
     left = ", ".join(f"{number} {name}" for name, number in counts.items() if name != "revisions")
-    say(f"{total} prompts, {counts['revisions']} revisions" + (f" ({left})" if left else ""))
+    line = f"{total} prompts, {counts['revisions']} revisions" + (f" ({left})" if left else "")
+    say(line + reviser.budget.said)
     if reviser.errors:
         say(
             f"{len(reviser.errors)} prompts failed (why: {options.out / FAILED}); run the same "

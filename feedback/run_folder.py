@@ -39,15 +39,24 @@ def changed_setting(
     path = folder / RUN_RECORD
     if not path.is_file():
         return None
-    before, now = json.loads(path.read_text(encoding="utf-8")), _plain(record)
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ShardError("is damaged; use another --out", path=path) from error
+    now = _plain(record)
     for key in sorted((set(now) | set(before)) - set(leave_out)):
         if now.get(key) != before.get(key):
             return f"{key} ({before.get(key)!r}, now {now.get(key)!r})"
     return None
 
 
-def claim_folder(folder: Path, record: dict[str, Any]) -> None:
+def claim_folder(folder: Path, record: dict[str, Any], *, kept: str = "") -> None:
     """Write what the folder's rows depend on, or check that it is the same as before.
+
+    Args:
+        folder: the stage's.
+        record: what its rows depend on.
+        kept: what a changed run would not have to do again, for the error.
 
     Raises:
         ShardError: the folder was begun with other settings; names the first that differs.
@@ -56,7 +65,7 @@ def claim_folder(folder: Path, record: dict[str, Any]) -> None:
     if changed is not None:
         raise ShardError(
             f"was begun with another {changed}; give another --out, or say --on-change set-aside "
-            "(or replace). Replies that were paid for stay in the cache",
+            f"(or replace){kept}",
             path=folder,
         )
     if not (folder / RUN_RECORD).is_file():

@@ -18,28 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from feedback.backends import Backend, SampleCall, SampleReply
+from feedback.budget import Budget
+from feedback.draws import DrawPlan, Stage
 from feedback.progress import ProgressBar
 from feedback.records import (
     Candidates,
     Completion,
-    Message,
     content_id,
     normalise_text,
-    prompt_messages,
 )
 from feedback.shards import ShardWriter, read_rows, shard_paths
 from feedback.verdict_index import FAILED, SeenIds
 
-__all__ = ["SamplingRun", "Stage"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
-    """One attempt of one policy: rows leave it with up to ``wanted`` completions of that policy."""
-
-    policy: int
-    attempt: int
-    wanted: int
+__all__ = ["SamplingRun"]
 
 
 @dataclass(slots=True)
@@ -54,7 +45,14 @@ class _Open:
 
 
 class SamplingRun:
-    """One run over one candidates folder; ``claim`` as in ``ShardWriter``.
+    """One run over one candidates folder.
+
+    Args:
+        folder: made if missing; locked until ``close``.
+        stages: in the order in which they are run.
+        plan: what is drawn, and how.
+        budget: limits and prices.
+        claim: as ``ShardWriter``'s: raises, before anything is touched, if the folder is not ours.
 
     Raises:
         ShardError: another run writes the folder.
@@ -65,22 +63,14 @@ class SamplingRun:
         folder: Path,
         *,
         stages: list[Stage],
-        temperatures: tuple[float, ...],
-        top_p: float,
-        max_tokens: int,
-        system: str | None,
-        keep_repeats: bool,
-        seed: int,
+        plan: DrawPlan,
+        budget: Budget,
         claim: Callable[[], None] = lambda: None,
     ):
         self.folder = folder
         self.stages = stages
-        self.temperatures = temperatures
-        self.top_p = top_p
-        self.max_tokens = max_tokens
-        self.system = system
-        self.keep_repeats = keep_repeats
-        self.seed = seed
+        self.plan = plan
+        self.budget = budget
         self.counts: Counter[str] = Counter()
         self._seconds = 0.0
         self._tokens = 0
@@ -107,7 +97,8 @@ class SamplingRun:
         *,
         total: int,
     ) -> None:
-        """Draw everything that is missing of one policy's share."""
+        """Draw everything that is missing of one policy's share, as far as the budget goes."""
+        backend = self.budget.charged(backend)
         for place, stage in enumerate(self.stages):
             if stage.policy != policy:
                 continue
@@ -116,6 +107,8 @@ class SamplingRun:
             steps = None if place else total
             with _StageFolder(self.folder, place) as after, ProgressBar(title, steps) as bar:
                 self._run_stage(place, backend, source, after, bar)
+            if self.budget.reached:
+                return
 
     def _run_stage(
         self,
@@ -135,11 +128,14 @@ class SamplingRun:
                 if row.prompt_id in self._done or row.prompt_id in after.done:
                     bar.advance()
                     continue
-                asked = self._calls(row, stage)
+                asked = self.plan.calls(row, stage)
                 if not asked:
                     self._pass_on(place, row, after)
                     bar.advance()
                     continue
+                # All of a row's calls or none: half a row would be asked, and paid for, again.
+                if not self.budget.admit_all(asked):
+                    return
                 waiting[row.prompt_id] = _Open(row, len(asked))
                 for number, call in enumerate(asked):
                     owners[call.call_id] = (row.prompt_id, number, call)
@@ -149,6 +145,7 @@ class SamplingRun:
         try:
             for reply in backend.sample(calls()):
                 prompt_id, number, call = owners.pop(reply.call_id)
+                self.budget.settle(reply.call_id, reply.usage)
                 entry = waiting[prompt_id]
                 entry.waiting -= 1
                 entry.drawn[number] = self._completions(call, reply, model, stage)
@@ -162,35 +159,6 @@ class SamplingRun:
         finally:
             self._seconds += time.perf_counter() - start
 
-    def _calls(self, row: Candidates, stage: Stage) -> list[SampleCall]:
-        """Return the calls that ask for what is missing, one for each temperature."""
-        have = sum(entry.sampling.get("policy") == stage.policy for entry in row.completions)
-        wanted = Counter(
-            self.temperatures[number % len(self.temperatures)]
-            for number in range(have, stage.wanted)
-        )
-        messages = prompt_messages(row.prompt)
-        if self.system is not None and messages[0]["role"] != "system":
-            messages.insert(0, Message(role="system", content=self.system))
-        return [
-            SampleCall(
-                call_id=content_id(row.prompt_id, stage.policy, stage.attempt, temperature),
-                messages=tuple(messages),
-                # Greedy draws are all the same.
-                n=count if temperature > 0 or self.keep_repeats else 1,
-                max_tokens=self.max_tokens,
-                temperature=temperature,
-                top_p=self.top_p,
-                seed=self._seed(row.prompt_id, stage, temperature),
-            )
-            for temperature, count in wanted.items()
-            if temperature > 0 or self.keep_repeats or stage.attempt == 0
-        ]
-
-    def _seed(self, prompt_id: str, stage: Stage, temperature: float) -> int:
-        name = content_id(self.seed, prompt_id, stage.policy, stage.attempt, temperature, length=7)
-        return int(name, 16)
-
     def _completions(
         self, call: SampleCall, reply: SampleReply, model: str, stage: Stage
     ) -> list[Completion]:
@@ -201,7 +169,7 @@ class SamplingRun:
         for number, (text, reason, logp) in enumerate(
             zip(reply.texts, reply.finish_reasons, logps, strict=True)
         ):
-            name = (prompt_id, text, call.call_id, number) if self.keep_repeats else text
+            name = (prompt_id, text, call.call_id, number) if self.plan.keep_repeats else text
             self.counts["drawn"] += 1
             self.counts["cut off"] += reason == "length"
             found.append(
@@ -227,7 +195,7 @@ class SamplingRun:
         """Return the row with what was drawn for it, without empty texts and repeats."""
         completions = list(entry.row.completions)
         drawn = [each for number in sorted(entry.drawn) for each in entry.drawn[number]]
-        if self.keep_repeats:
+        if self.plan.keep_repeats:
             return dataclasses.replace(entry.row, completions=completions + drawn)
         seen = {normalise_text(completion.completion) for completion in completions}
         for completion in drawn:
@@ -258,7 +226,7 @@ class SamplingRun:
         self.writer.append(row)
 
     def _needs(self, row: Candidates, stage: Stage) -> bool:
-        return bool(self._calls(row, stage))
+        return bool(self.plan.calls(row, stage))
 
     def finish(self, info: dict[str, Any]) -> None:
         """Write the manifest and remove what only served resuming."""

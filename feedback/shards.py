@@ -36,6 +36,7 @@ from feedback.records import (
     decode,
     encode,
 )
+from feedback.row_hints import row_hint
 
 __all__ = [
     "KINDS",
@@ -44,12 +45,15 @@ __all__ = [
     "ShardWriter",
     "file_sha256",
     "folder_kind",
+    "make_folder",
     "manifest_sha256",
     "package_versions",
     "read_jsonl",
     "read_manifest",
+    "read_numbered",
     "read_rows",
     "shard_paths",
+    "whole_lines",
     "write_json",
     "write_text",
     "writing",
@@ -83,6 +87,22 @@ def writing(path: Path) -> Iterator[None]:
             f"cannot be written: {error.strerror}. All whole rows so far are kept; make room and "
             "run the same command again to continue",
             path=path,
+        ) from error
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder for rows, unless it is there.
+
+    Raises:
+        ShardError: a file stands there, or the system refuses.
+    """
+    if folder.is_file():
+        raise ShardError("is a file; name a folder", path=folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ShardError(
+            f"cannot be made: {error.strerror}; name another folder", path=folder
         ) from error
 
 
@@ -141,6 +161,23 @@ def read_jsonl(path: Path, kind: type[Record], *, growing: bool = False) -> Iter
     Raises:
         InputError: the file is missing, or a line is not a row of this kind; names file and line.
     """
+    for _, record in read_numbered(path, kind, growing=growing):
+        yield record
+
+
+def read_numbered(
+    path: Path, kind: type[Record], *, growing: bool = False
+) -> Iterator[tuple[int, Record]]:
+    """Stream the records of one JSONL file with their line numbers, from 1.
+
+    Args:
+        path: of the file.
+        kind: of its rows.
+        growing: as ``read_jsonl``'s.
+
+    Raises:
+        InputError: the file is missing, or a line is not a row of this kind; names file and line.
+    """
     if not path.is_file():
         raise InputError("no such file", path=path)
     number = 0
@@ -149,13 +186,23 @@ def read_jsonl(path: Path, kind: type[Record], *, growing: bool = False) -> Iter
             if not line.strip():
                 continue
             try:
-                yield decode(line, kind)
+                record = decode(line, kind)
             except ValueError as error:
                 if growing and not line.endswith(b"\n"):
                     return
                 raise InputError(
-                    f"not a {kind.__name__.lower()} row: {error}", path=path, line=number
+                    f"not a {kind.__name__.lower()} row: {error}{row_hint(line, kind)}",
+                    path=path,
+                    line=number,
                 ) from error
+            yield number, record
+
+
+def whole_lines(path: Path) -> Iterator[bytes]:
+    """Yield a file's lines, but for a last one that was torn by a crash or is being written."""
+    if path.is_file():
+        with path.open("rb") as file:
+            yield from (line for line in file if line.endswith(b"\n"))
 
 
 def shard_paths(folder: Path, kind: str) -> list[Path]:
@@ -188,7 +235,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise ShardError("no manifest.json: the stage that writes it has not finished", path=folder)
-    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ShardError("is damaged; run the stage that writes it again", path=path) from error
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise ShardError(
             f"schema version {manifest.get('schema_version')!r}, not {SCHEMA_VERSION}",
@@ -253,7 +303,7 @@ class ShardWriter(Generic[Record]):
         self.kind = kind
         self.rows_per_shard = rows_per_shard
         self.sync_every = sync_every
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         self._lock = filelock.FileLock(folder / ".lock", timeout=0)
         try:
             self._lock.acquire()

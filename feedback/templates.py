@@ -105,6 +105,11 @@ class Template:
         """All labels the judge may answer with; the tie label, if any, is last."""
         return self.labels if self.tie is None else (*self.labels, self.tie)
 
+    @property
+    def reads_labels(self) -> bool:
+        """Whether the verdict can be read from the labels' probabilities at one token."""
+        return self.mode == "label" and self.kind != "listwise"
+
 
 def prompts_folder() -> Path:
     """Return the folder of shipped prompts: inside the package, or beside it in a source tree."""
@@ -143,6 +148,8 @@ def _template_path(name: str) -> Path:
         if not path.is_file():
             raise TemplateError("no such template file", path=path)
         return path
+    if Path(name).is_file():
+        raise TemplateError("a template is a .toml file", path=name)
     folder = prompts_folder() / "judges"
     path = folder / f"{name}.toml"
     if not path.is_file():

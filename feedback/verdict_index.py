@@ -42,7 +42,7 @@ class VerdictIndex:
     """Where the verdicts of each prompt stand in a folder.
 
     Args:
-        folder: verdict folder, finished or not; nothing is written to it.
+        folder: verdict folder, finished or not, or one file of verdicts; nothing is written to it.
         failed: also index the calls that failed.
     """
 
@@ -54,7 +54,7 @@ class VerdictIndex:
             "CREATE TABLE place "
             "(prompt INTEGER, file INTEGER, start INTEGER, size INTEGER, id BLOB)"
         )
-        self._paths = shard_paths(folder, "verdicts") if folder.is_dir() else []
+        self._paths = [folder] if folder.is_file() else shard_paths(folder, "verdicts")
         if failed and (folder / FAILED).is_file():
             self._paths.append(folder / FAILED)
         self._files: dict[int, BinaryIO] = {}

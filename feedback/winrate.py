@@ -60,7 +60,10 @@ class WinRate:
     consistent_win_rate: Estimate
     """Share won among the pairs on which both orders agree."""
     at_equal_length: Estimate
-    """Win rate with the difference in length held at zero."""
+    """``win_rate`` with the difference in length held at zero: what length alone won is the
+    difference between the two."""
+    preference_at_equal_length: Estimate
+    """``preference`` with the difference in length held at zero."""
     won: int
     level: int
     lost: int
@@ -140,6 +143,7 @@ def win_rate(results: Sequence[Meeting], *, seed: int = 0) -> WinRate:
             preference=empty,
             consistent_win_rate=empty,
             at_equal_length=empty,
+            preference_at_equal_length=empty,
             won=0,
             level=0,
             lost=0,
@@ -150,15 +154,17 @@ def win_rate(results: Sequence[Meeting], *, seed: int = 0) -> WinRate:
     p = np.array([entry.p for entry in decided], dtype=np.float64)
     wins = (p > 0.5) + 0.5 * (p == 0.5)
     agree = np.array([entry.consistent is True for entry in decided])
-    gaps = [len(entry.new.completion) - len(entry.old.completion) for entry in decided]
+    gaps = np.array(
+        [len(entry.new.completion) - len(entry.old.completion) for entry in decided],
+        dtype=np.float64,
+    )
     resampler = Resampler(groups, seed=seed)
     return WinRate(
         win_rate=mean(resampler, groups, wins),
         preference=mean(resampler, groups, p),
         consistent_win_rate=mean(resampler, groups[agree], wins[agree]),
-        at_equal_length=controlled_win_rate(
-            Duels("new", p, np.array(gaps, dtype=np.float64), groups)
-        ),
+        at_equal_length=controlled_win_rate(Duels("new", wins, gaps, groups)),
+        preference_at_equal_length=controlled_win_rate(Duels("new", p, gaps, groups)),
         won=int((p > 0.5).sum()),
         level=int((p == 0.5).sum()),
         lost=int((p < 0.5).sum()),

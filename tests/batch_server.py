@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -70,6 +70,8 @@ class BatchServer:
         self.lose_next: str = ""
         """Method and path whose next reply is lost after the work was done."""
         self.problems: list[BaseException] = []
+        self.headers: list[Mapping[str, str]] = []
+        """Of every upload and of every batch created."""
         self._numbers = itertools.count(1)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -121,6 +123,7 @@ class BatchServer:
         return web.json_response(value)
 
     async def _upload(self, request: web.Request) -> web.Response:
+        self.headers.append(request.headers)
         form = await request.post()
         name = f"file-{next(self._numbers)}"
         upload = form["file"]
@@ -133,6 +136,7 @@ class BatchServer:
         return web.FileResponse(self.folder / request.match_info["id"])
 
     async def _create(self, request: web.Request) -> web.Response:
+        self.headers.append(request.headers)
         wanted = await request.json()
         name = f"batch_{next(self._numbers)}"
         batch = {

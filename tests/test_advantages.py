@@ -162,6 +162,28 @@ def test_fixed_normaliser_keeps_the_first_batch_and_clips() -> None:
     close(none.normalise(torch.tensor([7.0])), [7.0])
 
 
+def test_a_first_batch_without_spread_is_not_divided_by() -> None:
+    """0, 0 and then 0, 0, 1, 1: moments of all six, mean 1/3, deviation sqrt(4/15) = 0.5164."""
+    normaliser = RewardNormaliser("fixed")
+    normaliser.update(torch.tensor([0.0, 0.0]))
+    close(normaliser.normalise(torch.tensor([0.0, 1.0])), [0.0, 1.0])
+    normaliser.update(torch.tensor([0.0, 0.0, 1.0, 1.0]))
+    wanted = [(0 - 1 / 3) / 0.5163978, (1 - 1 / 3) / 0.5163978]
+    close(normaliser.normalise(torch.tensor([0.0, 1.0])), wanted, 1e-5)
+    normaliser.update(torch.tensor([50.0, 60.0]))  # frozen now
+    close(normaliser.normalise(torch.tensor([0.0, 1.0])), wanted, 1e-5)
+    running = RewardNormaliser("running")
+    running.update(torch.full((7,), 0.1))
+    close(running.normalise(torch.tensor([0.1, 1.1])), [0.0, 1.0])
+
+
+def test_one_known_score_does_not_freeze_the_moments() -> None:
+    normaliser = RewardNormaliser("fixed")
+    normaliser.update(torch.tensor([2.0, math.nan]))
+    normaliser.update(torch.tensor([4.0]))  # 2 and 4: mean 3, deviation sqrt 2
+    close(normaliser.normalise(torch.tensor([3.0, 5.0])), [0.0, math.sqrt(2)])
+
+
 def test_policy_loss_by_hand() -> None:
     """clip 0.2, two rows, one token masked.
 

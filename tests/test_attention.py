@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    CohereConfig,
+    Gemma2Config,
+    GPTJConfig,
+    GptOssConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    MptConfig,
+    NemotronConfig,
+    Qwen2Config,
+)
 
 from feedback.errors import InputError
 from tests.packed_helpers import SHAPES, make_model, ragged_groups, relative, unpacked_logps
@@ -19,8 +34,9 @@ from train.attention import (
     resolve_attention,
     with_layout,
 )
+from train.config import TrainOptions
 from train.data import Group
-from train.models import completion_logps, packed_rewards
+from train.models import completion_logps, load_model, packed_rewards
 from train.packing import pack_groups
 
 KERNELS = ("sdpa", "blocks", "varlen")
@@ -175,6 +191,66 @@ def test_unsupported_attention_is_refused() -> None:
             check_supported(config)
     for config in (LlamaConfig(), Qwen2Config(), MistralConfig(sliding_window=None)):
         check_supported(config)
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+}
+FULL = ["full_attention"] * 2
+REFUSED: dict[str, tuple[Any, str]] = {
+    "granite": (GraniteConfig(**SMALL, logits_scaling=8.0), "logits_scaling"),
+    "cohere": (CohereConfig(**SMALL, logit_scale=0.25), "logit_scale"),
+    "gemma2": (Gemma2Config(**SMALL, head_dim=16, layer_types=FULL), "softcapping"),
+    "gpt-j": (GPTJConfig(vocab_size=97, n_embd=48, n_layer=2, n_head=3, rotary_dim=8), "apart"),
+    "mpt": (MptConfig(vocab_size=97, d_model=48, n_layers=2, n_heads=3), "apart"),
+    "nemotron": (NemotronConfig(**SMALL, intermediate_size=80), "apart"),
+    "sinks": (
+        GptOssConfig(
+            **SMALL,
+            intermediate_size=80,
+            head_dim=16,
+            layer_types=FULL,
+            num_local_experts=2,
+            num_experts_per_tok=1,
+        ),
+        "apart",
+    ),
+    "bloom": (BloomConfig(vocab_size=97, hidden_size=48, n_layer=2, n_head=3), "fails"),
+    "mamba": (MambaConfig(vocab_size=97, hidden_size=48, num_hidden_layers=2), "fails"),
+}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_models_that_packed_rows_do_not_reproduce_are_refused_at_load(
+    name: str, precision: Any, tmp_path: Path
+) -> None:
+    config, message = REFUSED[name]
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    options = TrainOptions(
+        data=(), output=tmp_path, model=str(tmp_path), device="cpu", precision=precision
+    )
+    with pytest.raises(InputError, match=message):
+        load_model(options, tokenizer=None)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "autocast"])
+@pytest.mark.parametrize("kind", ["causal", "reward"])
+def test_models_that_they_reproduce_are_not(
+    kind: Any, precision: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    for folder in (tiny_model, tmp_path):
+        if folder is tmp_path:
+            make_model("qwen3").save_pretrained(folder)
+        options = TrainOptions(
+            data=(), output=tmp_path, model=str(folder), device="cpu", precision=precision
+        )
+        load_model(options, tokenizer=None, kind=kind)
 
 
 def test_kernels_resolve_by_device() -> None:

@@ -22,7 +22,7 @@ from feedback.backends.batch import BatchBackend
 from feedback.backends.openai import OpenAIBackend
 from feedback.backends.opening import open_backend
 from feedback.config import EngineOptions
-from feedback.errors import BackendError
+from feedback.errors import BackendError, RecipeError
 from feedback.records import Message
 from feedback.shards import read_manifest
 
@@ -293,6 +293,32 @@ def test_labelling_through_batches_is_the_same_at_half_the_price(tmp_path: Path)
     full = read_manifest(tmp_path / "online")["totals"]["cost"]
     assert full > 0
     assert read_manifest(tmp_path / "batched")["totals"]["cost"] == pytest.approx(full / 2)
+
+
+def test_long_questions_are_cut_and_headers_sent(tmp_path: Path, tiny_model: Path) -> None:
+    """As at any other endpoint: fairly, flagged, and never beyond what the judge can read."""
+    rows = write_candidates(tmp_path / "candidates.jsonl", 2)
+    rows.write_text(rows.read_text().replace("Reply 2", "Reply 2 " + "at length " * 200))
+    with BatchServer(tmp_path) as server:
+        extra = {
+            **{"folder": str(tmp_path / "state"), "poll_s": 0.01, "probe": False},
+            **{"tokenizer": str(tiny_model), "max_length": 1000, "headers": {"X-Team": "judges"}},
+        }
+        run = options(rows, tmp_path / "out", server.base_url)
+        batch = EngineOptions(
+            backend="batch", model="stand-in", base_url=server.base_url, extra=extra
+        )
+        labeling.run(dataclasses.replace(run, engine=batch))
+        (sent,) = request_files(server)
+        assert {headers.get("X-Team") for headers in server.headers} == {"judges"}
+    found = verdicts(tmp_path / "out")
+    assert len(found) == len(sent) == 12
+    assert {tuple(verdict.flags) for verdict in found} == {(), ("truncated_completions",)}
+    # A byte is a token there.
+    lengths = [sum(len(turn["content"]) for turn in row["body"]["messages"]) for row in sent]
+    assert 900 < max(lengths) < 1000 < 2000
+    with pytest.raises(RecipeError, match=r"extra.max_length does nothing without extra.tokenizer"):
+        engine(server, tmp_path / "other", extra={"max_length": 100})
 
 
 def test_batch_api_needs_a_key(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,37 @@ def test_unknown_option_names_the_nearest(capsys: pytest.CaptureFixture[str]) ->
     assert "did you mean '--beta'?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--max-calls", "many"], "--max-calls takes a whole number, not 'many'"),
+        (["--engine.concurrency=1.5"], "--engine.concurrency takes a whole number, not '1.5'"),
+        (["--max_cost", "--seed"], "--max_cost takes a number, not '--seed'"),
+    ],
+)
+def test_words_where_a_number_belongs(
+    words: list[str], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["judge", "--candidates", "x", "--out", "y", *words]) == 2
+    assert capsys.readouterr().err == f"error: rlaif judge: {problem}\n"
+
+
+@pytest.mark.parametrize("words", [["judge", "--help"], ["--help"]])
+def test_a_reader_that_goes_away_is_no_traceback(words: list[str]) -> None:
+    """As ``rlaif judge --help | head -1`` has it."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "train.cli", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 128 + 13
+    process.stderr.close()
+
+
 def test_missing_options_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["dpo", "--beta", "0.1"]) == 2
     assert "rlaif dpo needs --data, --output" in capsys.readouterr().err

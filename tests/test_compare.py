@@ -29,7 +29,8 @@ from train.compare_jobs import Job, run_jobs
 from train.compare_labels import bias_verdicts, gold_preferences
 from train.compare_measure import difference, read_outcome
 from train.compare_page import render_comparison
-from train.compare_plan import Data, Lengths, training_job
+from train.compare_plan import Comparison, Data, Lengths, training_job
+from train.compare_summary import judges_that_labelled, models_held
 
 META = {"service": "doctor", "given": {"date": "Monday"}, "missing": ["time"], "changed": {}}
 
@@ -304,6 +305,60 @@ def test_seeds_are_pooled_by_prompt_and_their_spread_is_shown(tmp_path: Path) ->
     assert gap.n == 4
     assert difference(read_outcome([two]), read_outcome([one]), "length").value == 0.0
     assert read_outcome([one], kl=0.3).kl == 0.3
+
+
+def test_the_win_rate_where_both_orders_agree_is_a_number(tmp_path: Path) -> None:
+    """Of four meetings the orders agree on two, one won: 0.5; not known of older evaluations."""
+    folder = write_evaluation(tmp_path / "one", wins=[0.9, 0.8, 0.2, 0.9], kl=1.0)
+    assert read_outcome([folder]).win_rates["judge"].consistent_win_rate.value is None
+    lines = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    for line, agrees in zip(lines, [True, False, True, False], strict=True):
+        line["consistent"] = {"judge": agrees}
+    (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_outcome([folder]).win_rates["judge"].consistent_win_rate.value == 0.5
+
+
+def test_models_held_are_those_of_the_run_that_was_made(tmp_path: Path) -> None:
+    """PPO with adapters and a shared head holds one set of weights, beside three reward models."""
+    shared = plan_of(tmp_path)
+    run = tmp_path / "policies" / "ppo-0"
+    run.mkdir(parents=True)
+    figures = {"models_held": 1, "reward_models_held": 3}
+    (run / "training.json").write_text(json.dumps({"figures": figures}))
+    assert models_held(shared, "ppo") == 4
+    assert models_held(shared, "dpo") == 1
+    assert models_held(shared, "bon") == 2
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "ensemble.json").write_text('{"members": ["a", "b", "c"]}')
+    assert models_held(shared, "bon") == 4
+
+
+def plan_of(folder: Path, judge: str = "second") -> Comparison:
+    lengths = Lengths(600, 1000, 800, 20.0, 10.0, {"sft": 10, "dpo": 10, "rrhf": 10})
+    evaluated = {"prompts": "x", "judges": [{"model": judge}], "policy": {"model": "p"}}
+    return Comparison(
+        options=CompareOptions(folder=folder),
+        recipe={"evaluate": evaluated},
+        data=Data(*(folder / name for name in ("p", "r", "c", "b", "m"))),
+        lengths=lengths,
+        tokens=4000,
+    )
+
+
+def test_a_judge_that_labelled_and_scores_is_named(tmp_path: Path) -> None:
+    """By the record of the labels, and on the page."""
+    judging = {"judge": {"model": "first"}, "manifest_sha256": "v" * 64}
+    write_rows(tmp_path / "p", "preferences", [], provenance={"judging": judging})
+    assert judges_that_labelled(plan_of(tmp_path, "first")) == ["first"]
+    assert judges_that_labelled(plan_of(tmp_path, "second")) == []
+    record: dict[str, Any] = {
+        "methods": {}, "tokens": 1, "seeds": [0], "judges": ["first"], "best_of": 2,
+        "judges_that_labelled": ["first"],
+    }  # fmt: skip
+    assert "of which first labelled what was trained on" in render_comparison(record)
+    assert "checks that labelled nothing" in render_comparison(
+        {**record, "judges_that_labelled": []}
+    )
 
 
 def test_compare_needs_its_recipe() -> None:

@@ -13,8 +13,10 @@ from feedback.errors import InputError, ShardError
 from feedback.records import Preference, Ranking
 from feedback.shards import ShardWriter
 from train.chat import ChatFormat, DataReport
-from train.data import Group, Pair, read_groups, split_by_prompt, with_ranked_pairs
+from train.data import Group, Pair, read_groups, split_by_prompt
 from train.documents import read_documents
+from train.labels import with_ranked_pairs
+from train.training_data import warn_of_repeats
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +74,25 @@ def test_rows_of_one_prompt_make_one_group(tmp_path: Path, tokenizer: Any) -> No
     assert report.warnings == []
 
 
+def test_labels_are_settled_on_reading(tmp_path: Path, tokenizer: Any) -> None:
+    """The preferred side first, p = 1/2 and ties are one thing, weight 0 is left out."""
+    rows = [
+        preference("Hi", "a", "b", p_chosen=0.3, margin=0.4),
+        preference("Hi", "a", "c", p_chosen=0.5),
+        preference("Hi", "b", "c", p_chosen=0.8, tie=True),
+        preference("Hi", "d", "a", p_chosen=0.9, weight=0.0),
+    ]
+    groups, report = read(write(tmp_path / "p", "preferences", rows), tokenizer)
+    assert [text(tokenizer, ids) for ids in groups[0].completions] == ["b<eos>", "a<eos>", "c<eos>"]
+    assert groups[0].pairs == (
+        Pair(0, 1, 0.7, 1.0, False, 0.4),
+        Pair(1, 2, 0.5, 1.0, True, 0.0),
+        Pair(0, 2, 0.5, 1.0, True, 0.0),
+    )
+    assert (report.rows, report.pairs, report.ties, report.weightless) == (4, 3, 2, 1)
+    assert report.warnings == ["1 rows left out: their weight is 0"]
+
+
 def test_messages_and_text_of_one_meaning_are_told_apart_only_by_content(
     tmp_path: Path, tokenizer: Any
 ) -> None:
@@ -102,6 +123,30 @@ def test_equal_completions_are_dropped_and_counted(tmp_path: Path, tokenizer: An
     assert any("same text" in warning for warning in report.warnings)
 
 
+def test_pairs_that_the_cut_makes_equal_are_dropped(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [preference("Hi", "a" * 60 + "b", "a" * 60 + "c"), preference("Hi", "a" * 60 + "b", "d")]
+    path = write(tmp_path / "p", "preferences", rows)
+    groups, report = read(path, tokenizer, max_length=40)
+    assert [len(group.completions) for group in groups] == [2]
+    assert (report.pairs, report.cut_equal, report.unlabelled) == (1, 1, 0)
+    assert any("completions are the same" in warning for warning in report.warnings)
+    assert read(path, tokenizer, max_length=200)[1].pairs == 2
+    path = write(tmp_path / "q", "preferences", rows[:1])
+    with pytest.raises(InputError, match="no labelled completions"):
+        read(path, tokenizer, max_length=40)
+
+
+def test_evaluation_prompts_that_are_trained_on_are_counted(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"prompt": "a", "completion": "x"}, {"text": "one"}, {"text": "two"}]
+    training, report = documents(tmp_path / "a.jsonl", rows, tokenizer)
+    others = [{"prompt": "a", "completion": "y"}, {"text": "two"}, {"text": "three"}]
+    held_out, _ = documents(tmp_path / "b.jsonl", others, tokenizer)
+    warn_of_repeats(training, held_out[2:], report)
+    assert report.warnings == []
+    warn_of_repeats(training, held_out, report)
+    assert "2 of 3 evaluation rows have a prompt of the training data" in report.warnings[0]
+
+
 def test_nothing_left_is_an_error(tmp_path: Path, tokenizer: Any) -> None:
     path = write(tmp_path / "p", "preferences", [preference("Hi", "a", "A")])
     with pytest.raises(InputError, match="no labelled completions"):
@@ -115,6 +160,14 @@ def test_impossible_labels_are_refused(
     path = write(tmp_path / "p", "preferences", [preference("Hi", "a", "b", **{field: value})])
     with pytest.raises(InputError, match=field):
         read(path, tokenizer)
+
+
+def test_preferences_made_elsewhere_are_told_how_to_come_in(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "Q", "chosen": "a", "rejected": "b"}\n')
+    with pytest.raises(InputError, match="come in by rlaif import --format trl") as caught:
+        read(path, tokenizer)
+    assert f"{path}:1: not a preference row" in str(caught.value)
 
 
 def test_other_shards_are_refused_by_kind(tmp_path: Path, tokenizer: Any) -> None:
@@ -158,16 +211,42 @@ def test_order_alone_implies_pairs(tmp_path: Path, tokenizer: Any) -> None:
     )
 
 
+def test_rankings_without_two_judged_completions_are_left_out(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    empty = ranking(ranking=[])
+    alone = ranking(completions=["a"], scores=[1.0], ranking=[[0]])
+    groups, report = read(write(tmp_path / "r", "rankings", [empty, ranking(), alone]), tokenizer)
+    assert (len(groups), report.unjudged) == (1, 2)
+    assert any("2 rankings left out" in warning for warning in report.warnings)
+    for name, kind, row, counted in (
+        ("e", "rankings", empty, "1 with fewer than two"),
+        ("a", "rankings", alone, "1 with fewer than two"),
+        ("w", "preferences", preference("Hi", "a", "b", weight=0.0), "1 of weight 0"),
+    ):
+        with pytest.raises(InputError, match=counted):
+            read(write(tmp_path / name, kind, [row]), tokenizer)
+
+
 @pytest.mark.parametrize(
     "fields",
-    [{"scores": [1.0]}, {"ranking": [[0], [3]]}, {"ranking": [[0], [1, 0]]}],
+    [
+        {"scores": [1.0]},
+        {"ranking": [[0], [3]]},
+        {"ranking": [[0], [1, 0]]},
+        {"comparisons": [(0, 5, 0.7)]},
+        {"comparisons": [(-1, 0, 0.7)]},
+        {"comparisons": [(1, 1, 0.7)]},
+        {"comparisons": [(0, 1, 1.9)]},
+    ],
 )
 def test_inconsistent_rankings_are_refused(
     tmp_path: Path, tokenizer: Any, fields: dict[str, Any]
 ) -> None:
-    path = write(tmp_path / "r", "rankings", [ranking(**fields)])
-    with pytest.raises(InputError, match="prompt '1'"):
+    path = write(tmp_path / "r", "rankings", [ranking(), ranking(**fields)])
+    with pytest.raises(InputError, match="prompt '1'") as caught:
         read(path, tokenizer)
+    assert str(caught.value).startswith(f"{path / 'rankings-00000.jsonl'}:2: ")
 
 
 LONG = preference("Hi", "x" * 40, "short")  # 5 prompt tokens: <|user|> H i <eos> <|assistant|>
@@ -232,6 +311,8 @@ def test_the_split_is_by_prompt_and_steady() -> None:
     }
     with pytest.raises(InputError, match="leaves a side empty"):
         split_by_prompt(groups(2), 0.01, seed=0)
+    with pytest.raises(InputError, match=r"all 20 rows share one prompt.*give eval_data"):
+        split_by_prompt(groups(1) * 20, 0.3, seed=0)
 
 
 def real_tokenizer(folder: Path) -> Any:
@@ -374,6 +455,8 @@ def test_a_conversation_as_prompt_and_completion(tmp_path: Path, tokenizer: Any)
         ("{", "not JSON"),
         ("[1]", "not a JSON object"),
         ('{"question": "a"}', "a row needs text"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c"}', "use rlaif dpo or rlaif reward"),
+        ('{"prompt": "a", "completions": ["b"], "ranking": [[0]]}', "use rlaif rrhf"),
         ('{"text": 3}', "wrong type"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "no assistant message"),
     ],
@@ -386,6 +469,37 @@ def test_bad_rows_name_file_and_line(
     with pytest.raises(InputError, match=message) as caught:
         read_documents([path], tokenizer, max_length=50)
     assert f"{path}:2:" in str(caught.value)
+
+
+@pytest.mark.parametrize("completion_only", [True, False])
+def test_text_rows_split_by_row_and_others_by_prompt(
+    tmp_path: Path, tokenizer: Any, completion_only: bool
+) -> None:
+    """All pieces of a text are on one side, and all completions of a prompt."""
+    rows = [{"id": f"text {i}", "text": f"{i} " + "x" * 20} for i in range(40)]
+    rows += [
+        {"prompt_id": f"prompt {i // 2}", "prompt": f"q{i // 2}", "completion": f"a{i}"}
+        for i in range(80)
+    ]
+    groups, _ = documents(
+        tmp_path / "a.jsonl", rows, tokenizer, max_length=16, completion_only=completion_only
+    )
+    train, held_out = ({g.prompt_id for g in s} for s in split_by_prompt(groups, 0.3, seed=0))
+    assert not train & held_out
+    for kind in ("text", "prompt"):
+        assert 4 <= sum(name.startswith(kind) for name in held_out) <= 24  # of 40
+
+
+def test_a_row_without_room_for_its_completion_is_dropped(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [
+        {"prompt": "abcdefghij" * 9, "completion": "xy"},
+        {"prompt": "a", "completion": "x" * 90},
+        {"prompt": "a", "completion": "x"},
+    ]
+    groups, report = documents(tmp_path / "a.jsonl", rows, tokenizer, max_length=40)
+    assert len(groups) == 2
+    assert (report.truncated_completions, report.dropped_overlong, report.unlabelled) == (1, 1, 0)
+    assert any("1 rows dropped" in warning for warning in report.warnings)
 
 
 def test_unused_fields_are_counted(tmp_path: Path, tokenizer: Any) -> None:

@@ -48,3 +48,18 @@ def test_the_claim_about_reply_parsers_is_what_was_measured(root: Path) -> None:
         )
         assert not left or (f"(style `{row['style']}`) | " in page and f" {left} " in page)
     assert f"The {figures['rows_all'] - figures['rows']:,} recorded replies" in page
+
+
+def test_the_rounds_of_the_docs_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's script as it stands, on fewer prompts and in two rounds."""
+    page = (Path(__file__).parent.parent / "docs" / "rounds.md").read_text()
+    script = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0]
+    monkeypatch.chdir(tmp_path)
+    script = script.replace("limit=24", "limit=8").replace("rounds=3", "rounds=2")
+    exec(script, {})
+    policy = tmp_path / "runs" / "rounds" / "policy"
+    weights = policy / "round-2" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    exec(script, {})  # everything is done: nothing is trained again
+    assert weights.stat().st_mtime_ns == before
+    assert not (policy / "round-3").exists()

@@ -19,11 +19,12 @@ from tests.preference_rows import preferences, rankings, write_rows
 from train.attention import with_layout
 from train.batches import Packing, StepDataset
 from train.chat import DataReport
-from train.config import DpoOptions
+from train.config import DpoOptions, RewardOptions
 from train.data import Group, Pair
 from train.dpo import DpoObjective, DriftMonitor, pair_logps, run
 from train.models import CompletionLogps
 from train.packing import PackedBatch, pack_groups
+from train.reward import run as run_reward
 
 
 def options(**fields: Any) -> DpoOptions:
@@ -102,6 +103,15 @@ def test_hard_labels_keep_ties() -> None:
     assert value(soft_labels=False) == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_coin_flip_stays_one_and_a_tie_is_one() -> None:
+    """Not marked as a tie, p = 0.5 is no certainty; marked as one, p = 0.8 counts as 0.5."""
+    for pair, soft in ((Pair(0, 1, 0.5), False), (Pair(0, 1, 0.8, 1.0, True), True)):
+        groups = [dataclasses.replace(two_pairs()[0], pairs=(pair,))]
+        objective = DpoObjective(options(beta=2.0, soft_labels=soft))
+        found = objective.loss(Fixed(LOGPROBS), pack_groups(groups), objective.counts(groups))
+        assert float(found.loss.detach()) == pytest.approx(cross_entropy(0.5, H[0]), rel=1e-5)
+
+
 def test_smoothing_mixes_into_the_label() -> None:
     expected = (cross_entropy(0.9 * 0.8 + 0.1 * 0.2, H[0]) + 3 * cross_entropy(0.5, H[1])) / 4
     assert value(label_smoothing=0.2) == pytest.approx(expected, rel=1e-5)
@@ -157,17 +167,32 @@ def test_davidson_by_hand() -> None:
     assert value(loss="davidson") == pytest.approx((first + 3 * tie) / 4, rel=1e-5)
 
 
-def test_robust_takes_the_judges_doubt_as_flip_rate() -> None:
-    """e = 1 - p = 0.1 for the first pair; 0.5 is capped at 0.4 for the tie."""
+def test_robust_by_hand() -> None:
+    """One flip rate for hard labels: -0.4 with e = 0.3; the tie counts with h = 0: log 2."""
 
     def robust(e: float, h: float) -> float:
         right, wrong = math.log(sigmoid(h)), math.log(sigmoid(-h))
         return (-(1 - e) * right + e * wrong) / (1 - 2 * e)
 
-    expected = (robust(0.1, H[0]) + 3 * robust(0.4, H[1])) / 4
-    assert value(loss="robust") == pytest.approx(expected, rel=1e-5)
-    given = (robust(0.3, H[0]) + 3 * robust(0.3, H[1])) / 4
-    assert value(loss="robust", label_smoothing=0.3) == pytest.approx(given, rel=1e-5)
+    expected = (robust(0.3, H[0]) + 3 * math.log(2)) / 4
+    assert value(loss="robust", label_smoothing=0.3) == pytest.approx(expected, rel=1e-5)
+
+
+def test_robust_pulls_as_the_judge_decided_and_not_harder_where_it_doubts() -> None:
+    """dL/dh at h = 0 is -1/2 / (1 - 2e), here -5/6, to the side of p and whatever p; a tie's 0."""
+    slopes = []
+    for p, tie in ((1.0, False), (0.6, False), (0.5, True), (0.2, False)):
+        groups = [
+            dataclasses.replace(
+                two_pairs()[0], pairs=(Pair(0, 1, p, 1.0, tie),), ref_logps=(-0.7, -1.5, 0.0)
+            )
+        ]
+        model = Fixed(LOGPROBS)
+        objective = DpoObjective(options(beta=1.0, loss="robust", label_smoothing=0.2))
+        objective.loss(model, pack_groups(groups), objective.counts(groups)).loss.backward()
+        assert model.logprobs.grad is not None
+        slopes.append(float(model.logprobs.grad[0]))  # of the first completion: dL/dh
+    assert slopes == pytest.approx([-5 / 6, -5 / 6, 0.0, 5 / 6])
 
 
 def test_nll_is_per_token_of_the_chosen() -> None:
@@ -224,7 +249,7 @@ def test_the_optimum_is_the_logit_of_the_label() -> None:
     [
         {"loss": "sigmoid", "nll_weight": 0.3},
         {"loss": "gdpo"},
-        {"loss": "robust"},
+        {"loss": "robust", "label_smoothing": 0.2},
         {"loss": "ipo"},
         {"loss": "simpo"},
         {"loss": "davidson"},
@@ -312,6 +337,8 @@ def test_falling_chosen_likelihood_warns_once() -> None:
     "fields",
     [
         {"label_smoothing": 0.5},
+        {"loss": "robust"},
+        {"loss": "robust", "label_smoothing": 0.45},
         {"ld_alpha": 1.5},
         {"loss": "davidson", "ties": "drop"},
         {"loss": "simpo", "reference_model": "x"},
@@ -406,6 +433,32 @@ def test_listwise_needs_rankings_and_rpo_needs_margins(tmp_path: Path, tiny_mode
         train(tmp_path, tiny_model, rows, loss="rpo")
 
 
+@pytest.mark.parametrize("loss", ["gdpo", "robust"])
+def test_losses_to_which_a_tie_is_nothing_refuse_ties_alone(
+    tmp_path: Path, tiny_model: Path, loss: str
+) -> None:
+    rows = [dataclasses.replace(row, p_chosen=0.5, tie=True) for row in preferences(8)]
+    smoothing = 0.1 if loss == "robust" else 0.0
+    with pytest.raises(InputError, match="learns nothing"):
+        train(tmp_path, tiny_model, rows, loss=loss, label_smoothing=smoothing)
+
+
+def test_thirteen_tied_are_refused_before_training(tmp_path: Path, tiny_model: Path) -> None:
+    names = [f"answer {number}" for number in range(13)]
+    tied = Ranking(
+        prompt="Hi", completions=names, scores=[None] * 13, ranking=[[*range(13)]], prompt_id="t"
+    )
+    with pytest.raises(InputError, match="'t': 13 completions are tied"):
+        train(tmp_path, tiny_model, [tied], loss="listwise")
+    with pytest.raises(InputError, match="'t': 13 completions are tied"):
+        data = str(tmp_path / "rows")
+        run_reward(
+            RewardOptions(
+                data=(data,), model=str(tiny_model), output=tmp_path / "rm", loss="plackett-luce"
+            )
+        )
+
+
 def test_dropping_ties_is_counted(tmp_path: Path, tiny_model: Path) -> None:
     rows: list[Preference | Ranking] = list(preferences(24))
     rows += [
@@ -443,3 +496,35 @@ def test_bfloat16_with_float32_copies_learns(tmp_path: Path, tiny_model: Path) -
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=2e-2)
     assert rows[-2]["loss"] < 0.6
     assert F.softplus(torch.zeros(())) == pytest.approx(math.log(2))
+
+
+def test_listwise_watches_the_best_completions_drift() -> None:
+    """Completion 0 is the best: 0.3 nats over two tokens above its reference."""
+    groups, objective = two_pairs(), DpoObjective(options(loss="listwise"))
+    result = objective.loss(Fixed(LOGPROBS), pack_groups(groups), objective.counts(groups))
+    total, count = result.metrics["logps/chosen_drift"]
+    assert float(total) / float(count) == pytest.approx(0.3 / 2)
+
+
+@pytest.mark.parametrize("fields", [{}, {"nll_weight": 0.3}, {"loss": "listwise"}])
+def test_packed_equals_unpacked_in_bfloat16(fields: dict[str, Any]) -> None:
+    groups = referenced(ragged_groups(), 0.7)
+    objective = DpoObjective(options(**fields))
+    counts, batch = objective.counts(groups), packed(groups)
+    model = make_model(dtype=torch.bfloat16)
+    firsts = torch.cat([torch.zeros(1, dtype=torch.long), batch.lengths.cumsum(0)[:-1]])
+
+    class Given(torch.nn.Module):
+        def forward(self, packed: Any) -> Any:
+            logps = unpacked_logps(model, groups)
+            return torch.zeros(len(batch.targets)).index_add(0, firsts, logps), None
+
+    losses, slopes = [], []
+    for given in (model, Given()):
+        model.zero_grad()
+        loss = objective.loss(given, batch, counts).loss
+        loss.backward()
+        losses.append(loss)
+        slopes.append(torch.cat([w.grad.flatten().float() for w in model.parameters()]))
+    assert relative(losses[0], losses[1]) < 1e-2
+    assert relative(slopes[0], slopes[1]) < 1e-2

@@ -85,7 +85,7 @@ def test_rows_hold_texts_and_what_each_judge_said(evaluated: EvaluateOptions) ->
     samples = {row.prompt_id: row for row in read_rows(evaluated.out / "samples-new", Candidates)}
     for row in rows:
         assert row["new"] in [entry.completion for entry in samples[row["prompt_id"]].completions]
-        assert len(row["p_new"]) == 2
+        assert len(row["p_new"]) == len(row["consistent"]) == 2
     wins = sum((row["p_new"][evaluated.start.model] > 0.5) for row in rows)
     assert wins == next(iter(figures(evaluated)["win_rate"].values()))["won"]
 

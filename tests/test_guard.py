@@ -49,10 +49,33 @@ def test_missing_gold_scores_are_left_out() -> None:
     guard.add(0, [1.0, math.nan, 1.0, 1.0])
     probe = guard.add(10, [2.0, -50.0, math.nan, 2.0])
     assert probe.change == 1.0
-    assert guard.add(20, [math.nan] * 4).outcome == "level"
+    assert guard.add(20, [math.nan] * 4).outcome == "unknown"
     means = prompt_means(torch.tensor([1.0, 3.0, math.nan, 4.0, math.nan, math.nan]), completions=2)
     assert means[:2] == [2.0, 4.0]
     assert math.isnan(means[2])
+
+
+def test_a_probe_with_fewer_than_two_known_scores_is_never_the_best() -> None:
+    """All gold calls of the first probe fail: what follows is compared with the first known one."""
+    guard = Guard(patience=2)
+    for step, scores in ((0, [math.nan] * 3), (5, [math.nan, 1.0, math.nan])):
+        found = guard.add(step, scores)
+        assert (found.outcome, found.known, guard.best_step) == ("unknown", step // 5, -1)
+    assert guard.add(10, [-200.0, -201.0, -199.0]).outcome == "best"
+    for step, low in ((20, -400.0), (30, -600.0)):
+        assert guard.add(step, [low, low - 1, low + 1]).outcome == "worse"
+    assert guard.stop
+    assert guard.best_step == 10
+
+
+def test_an_outage_of_the_gold_scorer_does_not_forgive_a_fall() -> None:
+    guard = Guard(patience=2)
+    guard.add(0, [1.0, 1.1, 0.9])
+    guard.add(10, [0.0, 0.1, 0.1])
+    assert guard.add(20, [math.nan] * 3).outcome == "unknown"
+    assert not guard.stop
+    guard.add(30, [0.0, 0.1, 0.1])
+    assert guard.stop
 
 
 def test_state_survives() -> None:

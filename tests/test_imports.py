@@ -119,3 +119,17 @@ def test_all_is_true(root: Path, package: str) -> None:
 def test_light_imports_stay_light(code: str) -> None:
     check = f"import sys; {code}; heavy = {HEAVY} & set(sys.modules); assert not heavy, heavy"
     subprocess.run([sys.executable, "-c", check], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_bitsandbytes_is_heard_but_for_what_concerns_nobody(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    import logging
+
+    import train
+
+    assert train.__doc__
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s", "why")
+    logger.warning("something else")
+    assert caplog.messages == ["something else"]

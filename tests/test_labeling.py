@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,13 +18,22 @@ from typing import Any
 import pytest
 from scripted import Scripted, manifest_of, write_candidates
 
-from feedback import labeling
+from feedback import labeling, unread
 from feedback.backends import JudgeCall, JudgeReply
 from feedback.backends.identity import identity_of
+from feedback.backends.opening import open_backend
 from feedback.budget import find_price
 from feedback.config import EngineOptions
-from feedback.errors import BackendError, BudgetExceeded, InputError, RecipeError, ShardError
+from feedback.errors import (
+    BackendError,
+    BudgetExceeded,
+    InputError,
+    RecipeError,
+    ShardError,
+    TemplateError,
+)
 from feedback.labeling import JudgeOptions
+from feedback.panel import PanelJudge, PanelOptions
 from feedback.records import Usage, Verdict, decode
 from feedback.shards import ShardWriter, read_jsonl, read_rows, shard_paths
 from feedback.templates import prompts_folder
@@ -299,6 +310,35 @@ def test_a_file_that_is_no_cache_is_named(tmp_path: Path, engines: dict[str, Scr
         labeling.run(options(tmp_path, cache=str(path)))
 
 
+def test_a_cache_where_no_file_can_be_names_the_way_out(
+    tmp_path: Path, engines: dict[str, Scripted]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for path in ("/proc/replies.sqlite", tmp_path, tmp_path / "file" / "replies.sqlite"):
+        with pytest.raises(InputError, match=r"cannot be created here; .*--cache none") as caught:
+            labeling.run(options(tmp_path, cache=str(path)))
+        assert str(path) in str(caught.value)
+
+
+def test_a_refused_folder_promises_a_cache_only_where_there_is_one(
+    tmp_path: Path, engines: dict[str, Scripted]
+) -> None:
+    for backend, promised in (("transformers", False), ("openai", True)):
+        folder = {"out": tmp_path / backend / "verdicts", "backend": backend}
+        labeling.run(options(tmp_path, **folder))
+        with pytest.raises(ShardError, match="--on-change set-aside") as caught:
+            labeling.run(options(tmp_path, seed=5, **folder))
+        assert ("stay in the cache" in str(caught.value)) is promised
+
+
+def test_a_run_that_stopped_on_failures_alone_claims_no_verdicts(
+    tmp_path: Path, engines: dict[str, Scripted]
+) -> None:
+    engines["judge"].fail = lambda call: True
+    with pytest.raises(BudgetExceeded, match=r"--max-calls 3 with 0 verdicts, 3 failed of this"):
+        labeling.run(options(tmp_path, max_calls=3))
+
+
 def test_limits_stop_cleanly_and_the_run_goes_on(
     tmp_path: Path, engines: dict[str, Scripted]
 ) -> None:
@@ -439,6 +479,7 @@ OTHER = {"completion_id": "b", "completion": "y", "model": "m"}
     [
         ("{", "not a candidates row"),
         ({"prompt_id": "p", "prompt": "Q"}, "completions"),
+        ({"prompt": "Q"}, "these are prompts: run rlaif sample first"),
         ({"prompt_id": "p", "prompt": " ", "completions": [GOOD, OTHER]}, "prompt is empty"),
         ({"prompt_id": "p", "prompt": "Q", "completions": [GOOD, GOOD]}, "completion_id twice"),
         (
@@ -490,11 +531,113 @@ def test_nothing_to_ask_is_said(tmp_path: Path, engines: dict[str, Scripted]) ->
 
 
 @pytest.mark.parametrize(
-    "fields", [{"repeats": 0}, {"min_mass": 1.0}, {"temperature": -1.0}, {"pairs_per_prompt": 0}]
+    "fields",
+    [
+        *({"repeats": 0}, {"min_mass": 1.0}, {"temperature": -1.0}, {"pairs_per_prompt": 0}),
+        *({"max_calls": -3}, {"max_calls": 0}, {"max_tokens": 0}, {"max_cost": -0.5}),
+        {"max_cost": math.nan},
+    ],
 )
 def test_senseless_options(tmp_path: Path, fields: dict[str, Any]) -> None:
     with pytest.raises(RecipeError):
         options(tmp_path, **fields)
+
+
+def test_a_file_where_a_folder_or_a_template_belongs(
+    tmp_path: Path, engines: dict[str, Scripted]
+) -> None:
+    run = options(tmp_path)
+    with pytest.raises(ShardError, match=r"candidates\.jsonl: is a file; name a folder"):
+        labeling.run(dataclasses.replace(run, out=run.candidates))
+    with pytest.raises(ShardError, match=r"cannot be made: .* name another folder"):
+        labeling.run(dataclasses.replace(run, out=run.candidates / "verdicts"))
+    with pytest.raises(TemplateError, match=r"candidates\.jsonl: a template is a \.toml file"):
+        labeling.run(dataclasses.replace(run, template=str(run.candidates)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"concurrency": 0}, "concurrency is 0; it must be at least 1"),
+        ({"requests_per_minute": 0.0}, "requests_per_minute is 0; it must be above 0"),
+        ({"requests_per_minute": -5.0}, "requests_per_minute is -5; it must be above 0"),
+        ({"tokens_per_minute": math.nan}, "tokens_per_minute is nan; it must be above 0"),
+        ({"max_retries": -1}, "max_retries is -1; it must be at least 0"),
+        ({"timeout_s": 0.0}, "timeout_s is 0; it must be above 0"),
+        ({"tensor_parallel": 0}, "tensor_parallel is 0; it must be at least 1"),
+        ({"gpu_memory": 85.0}, "gpu_memory is 85.0; it is a share, at most 1"),
+    ],
+)
+def test_senseless_engine_options(fields: dict[str, Any], problem: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(problem)):
+        EngineOptions(**fields)
+
+
+@pytest.mark.parametrize(
+    ("engine", "reader"),
+    [
+        ({"base_url": "http://x/v1"}, "transformers: it is for openai and batch"),
+        ({"backend": "openai", "lora": "folder"}, "openai: it is for transformers and vllm"),
+        ({"backend": "openai", "device": "cuda"}, "openai: it is for transformers"),
+        ({"backend": "batch", "tensor_parallel": 2}, "batch: it is for vllm"),
+        ({"backend": "vllm", "replay_from": "x"}, "vllm: it is for replay"),
+    ],
+)
+def test_engine_options_that_do_nothing(
+    tmp_path: Path, engines: dict[str, Scripted], engine: dict[str, Any], reader: str
+) -> None:
+    (name,) = engine.keys() - {"backend"}
+    problem = rf"engine\.{name} does nothing with backend {reader}\. Leave it out, or change"
+    made = EngineOptions(model="judge", **engine)
+    for dry_run in (False, True):
+        with pytest.raises(RecipeError, match=problem):
+            labeling.run(options(tmp_path, engine=made, dry_run=dry_run))
+    with pytest.raises(RecipeError, match=problem):
+        open_backend(made)
+    panel = PanelOptions(judges=(PanelJudge(engine=made),))
+    with pytest.raises(RecipeError, match=f"judge 2: {problem}"):
+        labeling.run(options(tmp_path, panel=panel))
+    assert engines["judge"].calls == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "reader"),
+    [
+        ({"pairs": "sort", "template": "rating"}, "kind rating: it is for pairwise"),
+        ({"orders": "one", "template": "rating"}, "kind rating: it is for pairwise and listwise"),
+        ({"min_mass": 0.2, "template": "pairwise-rationale"}, "mode rationale: it is for label"),
+        ({"max_cost": 1.0}, "backend transformers: it is for openai and batch"),
+        ({"repeats": 3}, "always the same: it is for sampled text and an endpoint's"),
+    ],
+)
+def test_options_that_do_nothing(
+    tmp_path: Path, engines: dict[str, Scripted], fields: dict[str, Any], reader: str
+) -> None:
+    with pytest.raises(RecipeError, match=f"{next(iter(fields))} does nothing .* {reader}"):
+        labeling.run(options(tmp_path, **fields))
+
+
+def test_an_option_that_one_of_two_judges_reads(
+    tmp_path: Path, engines: dict[str, Scripted]
+) -> None:
+    second = EngineOptions(model="second", backend="openai", base_url="http://localhost/v1")
+    engines["second"] = Scripted("second")
+    prices = tmp_path / "prices.toml"
+    prices.write_text("[second]\nprompt = 0\ncompletion = 0\n")
+    panel = PanelOptions(judges=(PanelJudge(engine=second),))
+    labeling.run(options(tmp_path, panel=panel, max_cost=1.0, prices=prices))
+    assert len(final(tmp_path)) == 60
+
+
+def test_every_engine_option_is_read_by_somebody() -> None:
+    """The table knows each option that one engine or another does not read, and no other."""
+    names = {entry.name for entry in dataclasses.fields(EngineOptions)}
+    assert set(unread.ENGINE.options) == names - {"backend", "model"}
+    made = EngineOptions(
+        backend="vllm", model="m", lora="folder", gpu_memory=0.5, extra={"block_size": 8}
+    )
+    there = unread.engine_on(made, "transformers")
+    assert there == EngineOptions(model="m", lora="folder")
 
 
 # --- the index -----------------------------------------------------------------------------------

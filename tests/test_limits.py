@@ -348,6 +348,7 @@ def test_retry_after(headers: dict[str, str], seconds: float | None) -> None:
 
 def test_what_statuses_mean() -> None:
     assert failure_of_status(429, "slow down").kind == "throttled"
+    assert str(failure_of_status(404, "404: Not Found")) == "HTTP 404: Not Found"
     assert failure_of_status(429, "You exceeded your quota insufficient_quota").fatal
     assert failure_of_status(503, "").congestion
     assert failure_of_status(529, "").congestion

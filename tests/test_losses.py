@@ -17,7 +17,6 @@ from train.losses import (
     gdpo_loss,
     implicit_rewards,
     ipo_loss,
-    ld_token_weights,
     length_correlation_loss,
     nll_loss,
     rao_kupper_log_probs,
@@ -169,18 +168,6 @@ def test_rpo() -> None:
     close(rpo_loss(h, target=target, form="squared"), [1.206949])
     for form in ("target_to_policy", "policy_to_target", "squared"):
         close(rpo_loss(target, target=target, form=form), [0.0])
-
-
-def test_length_desensitised_weights() -> None:
-    """Chosen of 2 tokens, rejected of 4: the rejected tail counts alpha = 0.25.
-
-    s(rejected) = -1 - 2 + 0.25 * (-3 - 4) = -4.75.
-    """
-    weights = ld_token_weights(torch.arange(4), torch.tensor(2), alpha=0.25)
-    close(weights, [1.0, 1.0, 0.25, 0.25])
-    assert (torch.tensor([-1.0, -2.0, -3.0, -4.0]) * weights).sum().item() == pytest.approx(-4.75)
-    with pytest.raises(ValueError, match="alpha"):
-        ld_token_weights(torch.arange(4), torch.tensor(2), alpha=1.5)
 
 
 def test_centring() -> None:

@@ -12,9 +12,7 @@ from torch import Tensor
 from train.losses import bradley_terry_loss, davidson_log_probs
 from train.losses_listwise import (
     LARGEST_TIE,
-    all_pairs_loss,
     pad_groups,
-    pair_targets,
     plackett_luce_loss,
     rrhf_loss,
 )
@@ -33,43 +31,6 @@ def test_pad_groups() -> None:
     padded = pad_groups(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1, 3]))
     close(padded.values, [[1.0, 0.0, 0.0], [2.0, 3.0, 4.0]])
     assert padded.mask.tolist() == [[True, False, False], [True, True, True]]
-
-
-def test_pair_targets() -> None:
-    """Places 0, 1, 1: the first beats both, which are tied."""
-    close(pair_targets(torch.tensor([[0, 1, 1]])), [[[0.5, 1, 1], [0, 0.5, 0.5], [0, 0.5, 0.5]]])
-
-
-# All pairs
-
-
-def test_all_pairs_by_hand() -> None:
-    """Group 1: r = 1, 0, -1 in order: d = 1, 2, 1: (2 * 0.313262 + 0.126928) / 3 = 0.251150.
-
-    Group 2 has two completions, r = 0, 1 p = 0.25: 0.25 * 1.313262 + 0.75 * 0.313262 = 0.563262.
-    """
-    scores = torch.tensor([[1.0, 0.0, -1.0], [0.0, 1.0, 77.0]])
-    mask = torch.tensor([[True, True, True], [True, True, False]])
-    targets = pair_targets(torch.tensor([[0, 1, 2], [0, 0, 0]]))
-    targets[1, 0, 1] = 0.25
-    close(all_pairs_loss(scores, mask, targets=targets), [0.251150, 0.563262])
-
-
-def test_all_pairs_skips_pairs_without_weight() -> None:
-    """Only (0, 2) was compared, with weight 2: 2 * 0.126928 over one pair."""
-    scores = torch.tensor([[1.0, 0.0, -1.0]])
-    weights = torch.zeros(1, 3, 3)
-    weights[0, 0, 2] = 2.0
-    targets = torch.full((1, 3, 3), float("nan"))  # an unknown target must not leak
-    targets[0, 0, 2] = 1.0
-    scores.requires_grad_()
-    loss = all_pairs_loss(scores, full(scores), targets=targets, pair_weights=weights)
-    close(loss, [0.253856])
-    loss.sum().backward()
-    assert scores.grad is not None and bool(scores.grad.isfinite().all())
-    assert scores.grad[0, 1] == 0
-    nothing = all_pairs_loss(scores, full(scores), targets=targets, pair_weights=weights * 0)
-    close(nothing, [0.0])
 
 
 # Plackett-Luce
@@ -297,9 +258,6 @@ def test_listwise_gradients_match_finite_differences(ties: str) -> None:
     assert torch.autograd.gradcheck(
         lambda x: plackett_luce_loss(x, places, mask, ties=ties),  # type: ignore[arg-type]
         (f,),
-    )
-    assert torch.autograd.gradcheck(
-        lambda x: all_pairs_loss(x, mask, targets=pair_targets(places)), (f,)
     )
     lengths = torch.randint(1, 5, (2, 4))
     for form in ("hinge", "logistic"):

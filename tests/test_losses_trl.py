@@ -72,15 +72,20 @@ def completion_logprobs(model: Any, row: dict[str, list[int]], side: str) -> Ten
     return logprobs[places, ids[0, len(prompt) :]]
 
 
+def ld_weights(count: int, shared: int, alpha: float) -> Tensor:
+    """LD-DPO's weight of each token (arXiv 2409.06411): 1 up to the shared length, then alpha."""
+    return torch.where(torch.arange(count) < shared, 1.0, alpha)
+
+
 def measure(trainer: Any, alpha: float = 1.0) -> PairLogps:
     rows = [trainer.train_dataset[i] for i in range(len(ROWS))]
     found: dict[str, list[Tensor]] = {}
     for row in rows:
-        shared = torch.tensor(min(len(row["chosen_ids"]), len(row["rejected_ids"])))
+        shared = min(len(row["chosen_ids"]), len(row["rejected_ids"]))
         for side in ("chosen", "rejected"):
             for model, name in ((trainer.model, "policy"), (trainer.ref_model, "ref")):
                 logprobs = completion_logprobs(model, row, side)
-                weights = losses.ld_token_weights(torch.arange(len(logprobs)), shared, alpha=alpha)
+                weights = ld_weights(len(logprobs), shared, alpha)
                 found.setdefault(f"{name}_{side}", []).append((weights * logprobs).sum())
             found.setdefault(f"{side}_lengths", []).append(torch.tensor(len(row[f"{side}_ids"])))
     return PairLogps(**{name: torch.stack(values) for name, values in found.items()})

@@ -19,6 +19,7 @@ from feedback.backends import JudgeCall, SampleCall
 from feedback.backends.chat_bodies import Bodies, Dialect
 from feedback.backends.chat_replies import error_message, read_judge, read_sample
 from feedback.backends.openai import OpenAIBackend, open_engine
+from feedback.backends.opening import open_backend
 from feedback.backends.redacting import Redactor
 from feedback.backends.retrying import RequestFailed
 from feedback.config import EngineOptions
@@ -27,8 +28,8 @@ from feedback.records import Message
 
 
 def call(text: str = "A or B?", **fields: Any) -> JudgeCall:
-    fields = {"call_id": text, "choices": ("A", "B"), **fields}
-    return JudgeCall(messages=(Message(role="user", content=text),), **fields)
+    messages = (Message(role="user", content=text),)
+    return JudgeCall(**{"call_id": text, "choices": ("A", "B"), "messages": messages, **fields})
 
 
 def chat(
@@ -349,6 +350,7 @@ class Hosted(FaultProxy):
 
     refuses: tuple[str, ...] = ()
     logprobs = True
+    system_role = True
     says = "A"
 
     async def _upstream(self, path: str, body: bytes, method: str) -> tuple[int, bytes]:
@@ -361,10 +363,14 @@ class Hosted(FaultProxy):
                 hint = " Use 'max_completion_tokens' instead." if field == "max_tokens" else ""
                 text = f"Unsupported value: '{field}'.{hint}"
                 return 400, json.dumps({"error": {"message": text}}).encode()
+        if not self.system_role and request["messages"][0]["role"] == "system":
+            return 400, b'{"error": {"message": "System role not supported"}}'
         if not self.logprobs:
             return 200, chat(None)
         said = {self.says: -0.01, "x": -6.0}
-        return 200, chat(said, text=self.says)
+        reply = json.loads(chat(said if request.get("logprobs") else None, text=self.says))
+        choices = [{**reply["choices"][0], "index": n} for n in range(request.get("n", 1))]
+        return 200, json.dumps({**reply, "choices": choices}).encode()
 
 
 def test_probe_learns_the_dialect() -> None:
@@ -379,6 +385,27 @@ def test_probe_learns_the_dialect() -> None:
         (reply,) = engine.judge([call()])
         assert reply.error is None
         engine.close()
+
+
+@pytest.mark.parametrize("labels", [("A",), ()])
+def test_endpoint_without_system_role_gets_the_text_in_the_users_turn(
+    labels: tuple[str, ...], proxy: FaultProxy
+) -> None:
+    turns = (Message(role="system", content="Judge."), Message(role="user", content="A or B?"))
+    with Hosted() as hosted:
+        hosted.system_role = False
+        engine = backend(hosted.base_url)
+        assert "takes no system role" in engine.prepare(labels).note
+        (judged,) = engine.judge([call(choices=labels or None, messages=turns)])
+        (sampled,) = engine.sample([SampleCall(call_id="s", messages=turns)])
+        assert (judged.error, sampled.error) == (None, None)
+        sent = [json.loads(body)["messages"] for body in hosted.answered]
+        assert [Message(role="user", content="Judge.\n\nA or B?")] in sent
+        engine.close()
+    engine = backend(proxy.base_url)
+    assert "system role" not in engine.prepare(labels).note
+    assert engine.bodies.dialect.system_role
+    engine.close()
 
 
 def test_endpoint_without_logprobs_is_refused() -> None:
@@ -410,6 +437,13 @@ def test_unknown_model_wrong_key_and_nobody_there() -> None:
         with pytest.raises(BackendError, match="Check the key"):
             engine.prepare(("A", "B"))
         engine.close()
+        plain = backend(proxy.base_url.removesuffix("/v1"))
+        proxy.plan = lambda number, body: "status_404"
+        with pytest.raises(
+            BackendError, match=r"HTTP 404: .*\. base_url lacks /v1, .* or no model"
+        ):
+            plain.prepare(("A", "B"))
+        plain.close()
     engine = backend("http://127.0.0.1:9/v1")
     with pytest.raises(BackendError, match="Is the server running"):
         engine.prepare(("A", "B"))
@@ -447,6 +481,22 @@ def test_a_tokenizer_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
         backend("http://127.0.0.1:1/v1", extra={"tokenizer": str(tmp_path)})
     with pytest.raises(RecipeError, match=r"does nothing without extra\.tokenizer"):
         backend("http://127.0.0.1:1/v1", extra={"max_length": 100})
+
+
+def test_unknown_keys_of_extra_are_named_whole_with_those_that_are_known() -> None:
+    for backend_name, near in (("openai", "split_n"), ("batch", "poll_s")):
+        options = EngineOptions(
+            backend=backend_name,  # type: ignore[arg-type]
+            model="m",
+            base_url="http://127.0.0.1:1/v1",
+            extra={near[:-1]: 1},
+        )
+        with pytest.raises(RecipeError) as caught:
+            open_backend(options)
+        assert f"engine.extra: unknown key '{near[:-1]}'; did you mean '{near}'?" in str(
+            caught.value
+        )
+        assert "knows body, " in str(caught.value) and "tokenizer" in str(caught.value)
 
 
 def test_bad_options() -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
+import shutil
 import signal
+import subprocess
+import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +19,14 @@ import pytest
 import torch
 
 from feedback.errors import BackendError, InputError, RecipeError, RlaifError
-from train import ppo, ppo_state
+from train import identity, ppo, ppo_results, ppo_state
 from train.advantages import gae, kl_terms, masked_whiten, shape_rewards
+from train.identity import file_identity, model_identity
 from train.ppo_config import GuardOptions, PpoOptions, RewardSource
 from train.ppo_setup import prompts_of_step, seeds_of_step, set_up
 
 VOLATILE = ("time/", "memory/")
+CALLS: list[int] = []
 
 
 class Crash(BaseException):
@@ -39,9 +46,19 @@ def gold_short(prompts: list[Any], completions: list[str]) -> list[float]:
     return [-len(text.encode()) / 4 for text in completions]
 
 
+def letters_too(prompts: list[Any], completions: list[str]) -> list[float]:
+    return letters(prompts, completions)
+
+
 def sometimes(prompts: list[Any], completions: list[str]) -> list[float | None]:
     scores = letters(prompts, completions)
     return [None if place % 3 == 0 else score for place, score in enumerate(scores)]
+
+
+def infinite_at_last(prompts: list[Any], completions: list[str]) -> list[float]:
+    """Finite in every other call."""
+    CALLS.append(len(completions))
+    return [math.inf if len(CALLS) % 2 == 0 else 1.0] * len(completions)
 
 
 def never(prompts: list[Any], completions: list[str]) -> list[float | None]:
@@ -202,6 +219,41 @@ def test_how_a_minibatch_is_packed_changes_nothing(
         assert statistic[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
 
 
+@pytest.mark.parametrize("changes", [{}, {"value": "shared", "lora_rank": 4}])
+def test_gradient_checkpointing_recomputes_and_changes_nothing(
+    changes: dict[str, Any], options: Callable[..., PpoOptions]
+) -> None:
+    found = []
+    for checkpointing in (False, True):
+        this = set_up(options(gradient_checkpointing=checkpointing, **changes))
+        counts = _count_recomputed(this)
+        rollout = ppo.roll_out(this, 0)
+        counts.clear()
+        statistic = ppo.update(this, rollout, ppo.shape(this, rollout), range(4), share=1.0)
+        found.append((statistic, dict(counts)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5, abs=1e-7)
+    networks = {"policy"} if changes else {"policy", "value_model"}
+    assert not found[0][1]
+    assert found[1][1].keys() == networks
+    assert all(count % 2 == 0 for count in found[1][1].values())  # both layers, row by row
+
+
+def _count_recomputed(this: Any) -> Counter[str]:
+    """Count the layers that are run under checkpointing, by network."""
+    counts: Counter[str] = Counter()
+
+    def counted(network: str, original: Callable[..., Any], *parts: Any, **more: Any) -> Any:
+        counts[network] += 1
+        return original(*parts, **more)
+
+    for name, module in this.networks.module.named_modules():
+        if getattr(module, "gradient_checkpointing", False) and hasattr(module, "self_attn"):
+            module._gradient_checkpointing_func = functools.partial(
+                counted, name.partition(".")[0], module._gradient_checkpointing_func
+            )
+    return counts
+
+
 def test_sampler_and_trainer_agree_and_stale_weights_are_caught(
     options: Callable[..., PpoOptions],
 ) -> None:
@@ -329,11 +381,80 @@ def test_a_stopped_run_saves_in_the_middle_and_resumes_to_the_same_trace(
         rolled.append(step)
         return roll_out(this, step)
 
+    newest = max((options.output / "checkpoints").glob("step-*.pt"))
+    torch.save({**saved, "seconds": 1000.0}, newest)
     monkeypatch.setattr(ppo, "roll_out", counted)
-    ppo.train(options)
+    trained = ppo.train(options)
+    assert trained.figures["seconds"] > 1000.0  # both starts together
     assert rolled == list(range(done["step"] + 1, 4))  # the saved rollout was not sampled again
     assert trace(options.output) == trace(folder)
     assert same_weights(options.output, folder)
+
+
+WORKERS = """
+import os, shutil, signal, sys
+from pathlib import Path
+from accelerate import PartialState
+from tests.test_ppo import function
+from train import ppo
+from train.ppo_config import GuardOptions, PpoOptions
+
+folder, model, prompts = map(Path, sys.argv[1:])
+guard = GuardOptions(gold=function("gold_short"), every=2, prompt_count=3)
+
+def options(name):
+    return PpoOptions(
+        prompts=(str(prompts),), output=folder / name, model=str(model), steps=2, max_tokens=6,
+        prompts_per_step=4, completions_per_prompt=2, ppo_epochs=2, learning_rate=2e-3,
+        reward=function("letters"), guard=guard, device="cpu",
+    )
+
+ppo.train(options("whole"))
+update, calls = ppo.update, iter(range(9))
+
+def interrupted(*arguments, **keywords):
+    if next(calls) == 0 and PartialState().is_main_process:  # one process is asked, both stop
+        os.kill(os.getpid(), signal.SIGTERM)
+    return update(*arguments, **keywords)
+
+ppo.update = interrupted
+try:
+    ppo.train(options("cut"))
+except KeyboardInterrupt:
+    pass
+ppo.update = update
+if PartialState().is_main_process:
+    shutil.copytree(folder / "cut", folder / "alone")
+PartialState().wait_for_everyone()
+ppo.train(options("cut"))
+"""
+
+
+def test_two_processes_stop_and_continue_together(
+    tiny_model: Path, prompts: str, tmp_path: Path, root: Path
+) -> None:
+    """Each has its part of the saved rollout; one process alone would lose the other's."""
+    script = tmp_path / "workers.py"
+    script.write_text(WORKERS)
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"),
+        *(str(script), str(tmp_path), str(tiny_model), prompts),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [row["completions"] for row in trace(tmp_path / "whole")] == [8.0, 8.0]
+    assert trace(tmp_path / "cut") == trace(tmp_path / "whole")
+    assert same_weights(tmp_path / "cut", tmp_path / "whole")
+    with pytest.raises(InputError, match="2 processes, and this one has 1"):
+        ppo.train(
+            PpoOptions(
+                prompts=(prompts,), output=tmp_path / "alone", model=str(tiny_model), steps=2,
+                max_tokens=6, prompts_per_step=4, completions_per_prompt=2, ppo_epochs=2,
+                learning_rate=2e-3, reward=function("letters"), device="cpu",
+                guard=GuardOptions(gold=function("gold_short"), every=2, prompt_count=3),
+            )
+        )  # fmt: skip
 
 
 def test_a_finished_run_is_not_run_again(
@@ -347,11 +468,100 @@ def test_a_finished_run_is_not_run_again(
     assert "complete already" in again.line
 
 
+@pytest.mark.parametrize("changes", [{"value_model": "the policy"}, {"lora_rank": 4}])
+def test_fresh_runs_of_one_seed_are_the_same_to_the_last_bit(
+    changes: dict[str, Any], options: Callable[..., PpoOptions], tiny_model: Path
+) -> None:
+    """Weights that no file holds, a value head and adapters, come from the seed or are zeros."""
+    if "value_model" in changes:
+        changes = {"value_model": str(tiny_model)}
+    traces = []
+    for turn in range(2):
+        torch.manual_seed(100 + turn)  # as two processes, which start in states of their own
+        chosen = options(**changes, steps=2, output=options().output / str(turn))
+        ppo.train(chosen)
+        traces.append(trace(chosen.output))
+    assert traces[0] == traces[1]
+
+
+def test_a_value_model_without_a_head_starts_from_zeros(
+    options: Callable[..., PpoOptions], tiny_model: Path
+) -> None:
+    this = set_up(options(value_model=str(tiny_model)))
+    assert not this.networks.module.value_model.score.weight.any()
+    one, two = (set_up(options(lora_rank=4, seed=seed)).networks.module.policy for seed in (0, 1))
+    drawn = [
+        torch.cat([p.flatten() for name, p in policy.named_parameters() if "lora_A" in name])
+        for policy in (one, two)
+    ]
+    assert not torch.equal(*drawn)  # another seed is another draw
+
+
 def test_checkpoints_of_another_run_are_refused(options: Callable[..., PpoOptions]) -> None:
     ppo.train(options(steps=1, save_every=1))
     with pytest.raises(InputError, match=r"another run \(kl_coef differ\)"):
         ppo.train(options(steps=1, save_every=1, kl_coef=0.2))
     ppo.train(options(steps=1, save_every=1, kl_coef=0.2, resume=False))
+
+
+def test_what_a_run_names_is_known_by_its_content(
+    options: Callable[..., PpoOptions], tiny_model: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Edited prompts of the same size, a changed function, other weights: another run each time."""
+    prompts, code, model = tmp_path / "some.jsonl", tmp_path / "scoring_here.py", tmp_path / "model"
+    prompts.write_text("".join(f'{{"prompt_id": "{n}", "prompt": "ask {n}"}}\n' for n in range(4)))
+    code.write_text("def score(prompts, texts):\n    return [float(len(t)) for t in texts]\n")
+    shutil.copytree(tiny_model, model)
+    monkeypatch.syspath_prepend(tmp_path)
+    chosen = options(
+        prompts=(str(prompts),), model=str(model), steps=1, save_every=1,
+        reward=RewardSource(kind="function", function="scoring_here:score"),
+    )  # fmt: skip
+    ppo.train(chosen)
+    assert "complete already" in ppo.train(chosen).line
+    text, source = prompts.read_text(), code.read_text()
+    prompts.write_text(text.replace("ask 3", "say 3"))
+    with pytest.raises(InputError, match=r"\(prompt_files differ\)"):
+        ppo.train(chosen)
+    prompts.write_text(text)
+    code.write_text(source.replace("len(t)", "-len(t)"))
+    with pytest.raises(InputError, match=r"\(reward_files differ\)"):
+        ppo.train(chosen)
+    code.write_text(source)
+    _talks_little(tiny_model, model)
+    with pytest.raises(InputError, match=r"\(policy_files differ\)"):
+        ppo.train(chosen)
+
+
+def test_a_reward_model_that_was_trained_again_is_another_one(tmp_path: Path) -> None:
+    """Also inside an ensemble; what lies beside it does not count."""
+    from safetensors.torch import save_file
+
+    for member in ("a", "b"):
+        (tmp_path / member).mkdir()
+        save_file({"score.weight": torch.ones(1, 4)}, tmp_path / member / "model.safetensors")
+    (tmp_path / "ensemble.json").write_text('{"members": ["a", "b"]}')
+    before = model_identity(str(tmp_path))
+    (tmp_path / "a" / "README.md").write_text("a card")
+    assert model_identity(str(tmp_path)) == before
+    save_file({"score.weight": torch.zeros(1, 4)}, tmp_path / "b" / "model.safetensors")
+    assert model_identity(str(tmp_path)) != before
+    assert model_identity("someone/on-the-hub") is None
+
+
+def test_large_files_are_known_by_their_size_and_pieces(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(identity, "_WHOLE", 1000)
+    monkeypatch.setattr(identity, "_PIECE", 10)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(bytes(5000))
+    before = file_identity(path)
+    for place in (0, 4999):
+        path.write_bytes(bytes(place) + b"x" + bytes(4999 - place))
+        assert file_identity(path) != before
+    path.write_bytes(bytes(5001))
+    assert file_identity(path) != before
+    path.write_bytes(bytes(5000))
+    assert file_identity(path) == before
 
 
 # --- rewards
@@ -392,6 +602,66 @@ def test_reward_functions_that_do_not_exist(options: Callable[..., PpoOptions]) 
         ppo.train(options(reward=RewardSource(kind="function", function="nowhere:f")))
     with pytest.raises(RecipeError, match="no function 'g'"):
         ppo.train(options(reward=RewardSource(kind="function", function="tests.test_ppo:g")))
+
+
+# --- inputs that do not fit
+
+
+def test_inputs_that_no_step_could_use_are_found_before_the_first(
+    options: Callable[..., PpoOptions], tiny_model: Path, tmp_path: Path, caplog: Any
+) -> None:
+    from transformers import AutoConfig
+
+    short = tmp_path / "short"
+    shutil.copytree(tiny_model, short)
+    config = AutoConfig.from_pretrained(short)
+    config.max_position_embeddings = 20
+    config.save_pretrained(short)
+    with pytest.raises(InputError, match=r"2 of 7 prompts .* policy's context of 20 tokens"):
+        set_up(options(model=str(short)))
+    assert set_up(options(model=str(short), max_tokens=4))
+    with pytest.raises(InputError, match=r"the value model's context .*'count to ten'"):
+        set_up(options(value_model=str(short)))
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    text = json.loads((other / "tokenizer.json").read_text())
+    words = text["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    (other / "tokenizer.json").write_text(json.dumps(text))
+    with pytest.raises(InputError, match="its tokenizer gives them other ids"):
+        set_up(options(value_model=str(other)))
+    assert len(set_up(options(max_prompt_tokens=12)).prompts) < 7
+    assert "prompts: 4 of 7 are longer than max_prompt_tokens (12) and left out" in caplog.text
+
+
+def test_vllm_with_a_nucleus_is_warned_about(
+    options: Callable[..., PpoOptions], monkeypatch: Any, caplog: Any
+) -> None:
+    monkeypatch.setattr("train.vllm_sampler.VllmSampler", lambda policy, **settings: settings)
+    set_up(options(sampler="vllm"))
+    assert not caplog.text
+    set_up(options(sampler="vllm", top_p=0.5))
+    assert "within the nucleus of top_p (0.5)" in caplog.text
+
+
+def test_a_guard_that_watches_its_own_reward_is_warned_about(
+    options: Callable[..., PpoOptions], prompts: str, caplog: Any
+) -> None:
+    set_up(options(guard=GuardOptions(gold=function("gold_short"), prompt_count=2)))
+    assert not caplog.text
+    guard = GuardOptions(gold=function("letters"), prompts=(prompts,), prompt_count=5)
+    set_up(options(guard=guard))
+    assert "guard.gold is the reward itself" in caplog.text
+    assert "5 of the guard's 5 prompts are trained on too" in caplog.text
+
+
+def test_a_loss_that_is_no_number_says_what_is_saved(options: Callable[..., PpoOptions]) -> None:
+    for save_every, words in (
+        (0, r"no checkpoint was saved \(save_every is 0\)"), (1, "the last checkpoint is intact"),
+    ):  # fmt: skip
+        chosen = options(save_every=save_every, output=options().output / words[:2])
+        with pytest.raises(RlaifError, match=words):
+            ppo.train(PpoOptions(**{**_fields(chosen), "reward": function("infinite_at_last")}))
 
 
 # --- learning, and what bounds it
@@ -451,6 +721,51 @@ def test_a_length_hack_trips_the_guard_and_ends_at_the_gold_best(
 
     this.options.output.mkdir()
     assert ppo.probe(this, RunStore(this), step=0).gold == pytest.approx(best["gold"], abs=1e-6)
+
+
+def test_the_last_step_is_probed(options: Callable[..., PpoOptions]) -> None:
+    """Five steps, a probe every ten: the trained policy is looked at all the same, and kept."""
+    chosen = options(
+        steps=5, learning_rate=5e-3, kl_coef=0.0, missing_eos_penalty=None,
+        prompts_per_step=5, completions_per_prompt=6,
+        guard=GuardOptions(gold=function("letters_too"), prompt_count=2, completions=12),
+    )  # fmt: skip
+    trained = ppo.train(chosen)
+    assert probed_at(chosen.output) == [0, 5]
+    assert trained.figures["best_step"] == 5
+    bounded = options(**{**_changed(chosen), "max_kl": 1e-9, "output": chosen.output / "bounded"})
+    assert ppo.train(bounded).figures["steps"] < 5
+    assert probed_at(bounded.output) == [0, trace(bounded.output)[-1]["step"]]
+
+
+def probed_at(folder: Path) -> list[int]:
+    return [json.loads(row)["step"] for row in (folder / "guard.jsonl").read_text().splitlines()]
+
+
+def _changed(options: PpoOptions) -> dict[str, Any]:
+    return {name: value for name, value in _fields(options).items() if name != "output"}
+
+
+def test_a_gold_scorer_that_never_answers_stops_the_run_before_its_first_step(
+    options: Callable[..., PpoOptions],
+) -> None:
+    chosen = options(guard=GuardOptions(gold=function("never"), prompt_count=2))
+    with pytest.raises(BackendError, match="scored 0 of 2 prompts before the first step"):
+        ppo.train(chosen)
+
+
+def test_a_run_killed_before_its_record_is_written_finishes(
+    whole: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: Any
+) -> None:
+    folder, values = whole
+    options = PpoOptions(output=tmp_path / "out", **values)
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo_results, "write_json", crash_at(1, ppo_results.write_json))
+        with pytest.raises(Crash):
+            ppo.train(options)
+    ppo.train(options)
+    assert same_weights(options.output, folder)
+    assert not list(options.output.glob("best-*.pt"))
 
 
 def _fields(options: PpoOptions) -> dict[str, Any]:

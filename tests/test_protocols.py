@@ -110,6 +110,29 @@ def test_adaptive_run_that_stopped_asks_only_what_is_missing(tmp_path, judges):
     assert set(rows) == expected
 
 
+@pytest.mark.parametrize("method", ["sort", "swiss", "active"])
+def test_adaptive_pairs_whose_calls_failed_are_asked_again(tmp_path, judges, method):
+    """Also by a run that was itself stopped before it came to them."""
+    fields = {"pairs": method, "pairs_per_prompt": 7 if method == "active" else None}
+    broken = Scripted("cheap", fail=lambda call: int(call.call_id, 16) % 3 != 0)
+    judges["cheap"] = broken
+    folder = judge(tmp_path, **fields)
+    failed = {row.verdict_id for row in read_rows(folder, Verdict) if row.outcome == "failed"}
+    begun = {call.call_id for call in broken.calls}
+    assert len(failed) > len(begun) / 2
+    judges["cheap"] = Scripted("cheap")
+    with pytest.raises(BudgetExceeded):
+        judge(tmp_path, **fields, max_calls=2)
+    judges["cheap"] = Scripted("cheap")
+    judge(tmp_path, **fields)
+    verdicts = list(read_rows(folder, Verdict))
+    assert {row.outcome for row in verdicts} == {"decided"}
+    assert failed <= {row.verdict_id for row in verdicts}
+    if method == "active":
+        assert {row.verdict_id for row in verdicts} == begun, "the budget holds for both runs"
+    assert [path.name for path in folder.glob(".begun*")] == []
+
+
 def test_criteria_are_asked_one_by_one_and_weighted(tmp_path, judges):
     judges["cheap"] = Scripted("cheap")
     folder = judge(tmp_path, template="rating-criteria")

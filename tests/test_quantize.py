@@ -11,14 +11,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from feedback.errors import InputError
+from feedback.errors import InputError, RlaifError
 from tests.packed_helpers import ragged_groups
 from tests.preference_rows import preferences, write_rows
 from train.attention import with_layout
-from train.config import DpoOptions
+from train.config import DpoOptions, RewardOptions
 from train.dpo import run
 from train.models import add_adapters, completion_logps, load_model
 from train.packing import pack_groups
+from train.reward import run as run_reward
+from train.reward_model import RewardModel
 
 pytestmark = [
     # Importing bitsandbytes says so of its own code, and on a CPU also what it lacks.
@@ -75,6 +77,23 @@ def test_gradients_are_those_of_the_rounded_weights(tiny_model: Path, tmp_path: 
     assert float(expected.norm()) > 0
 
 
+def test_a_pass_without_gradients_leaves_the_gradients_right(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """As the one for DPO's reference; some CPUs have weights packed anew for it."""
+    settings = options(tiny_model, tmp_path)
+    found = []
+    for before in (False, True):
+        model = load_model(settings, tokenizer=None)
+        if before:
+            model.eval()
+            with torch.no_grad():
+                model(input_ids=torch.tensor([[5, 6, 7]]))
+            model.train()
+        found.append(gradients(model, settings)[1])
+    assert float((found[0] - found[1]).norm() / found[0].norm()) < 1e-2
+
+
 @pytest.mark.parametrize("quantize", ["4bit", "8bit"])
 def test_it_learns_and_saves_its_adapters(quantize: str, tiny_model: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl", preferences(48))
@@ -85,6 +104,52 @@ def test_it_learns_and_saves_its_adapters(quantize: str, tiny_model: Path, tmp_p
     assert losses[-1] < 0.6 < losses[0]
     assert (output / "adapter_model.safetensors").is_file()
     assert not (output / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("quantize", ["4bit", "8bit"])
+def test_a_reward_model_is_saved_as_it_was_trained(
+    quantize: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Rounded once more on merging, a model of 4 bits would have lost what it learnt."""
+    data = write_rows(tmp_path / "rows.jsonl", preferences(40))
+    fields: dict[str, Any] = {"quantize": quantize, "lora_rank": 4, "lora_alpha": 32.0}
+    fields |= {"batch_size": 8, "epochs": 4.0, "learning_rate": 5e-3, "log_every": 1}
+    output = tmp_path / "rm"
+    run_reward(
+        RewardOptions(data=(data,), model=str(tiny_model), output=output, device="cpu", **fields)
+    )
+    assert not list(output.glob("adapter_*"))
+    assert "quantization_config" not in json.loads((output / "config.json").read_text())
+    report = json.loads((output / "report.json").read_text())
+    curve = [json.loads(line) for line in (output / "loss.jsonl").read_text().splitlines()]
+    trained = [row["rewards/margins"] for row in curve if "rewards/margins" in row][-1]
+    saved = RewardModel.load(output, device="cpu")
+    rows = preferences(40)
+    prompts = [row.prompt for row in rows]
+    chosen, rejected = (
+        saved.score(prompts, [str(getattr(row, side)) for row in rows])
+        for side in ("chosen", "rejected")
+    )
+    assert trained > 1
+    assert float((chosen - rejected).mean()) == pytest.approx(trained, rel=0.15)
+    assert report["accuracy"]["value"] > 0.9
+
+
+def test_a_merge_that_changes_scores_keeps_the_adapters(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.reward_model.apply_adapter", lambda model, folder: model)
+    data = write_rows(tmp_path / "rows.jsonl", preferences(40))
+    fields: dict[str, Any] = {"quantize": "4bit", "lora_rank": 4, "lora_alpha": 32.0}
+    fields |= {"batch_size": 8, "epochs": 2.0, "learning_rate": 5e-3}
+    output = tmp_path / "rm"
+    with pytest.raises(RlaifError, match="adapters there"):
+        run_reward(
+            RewardOptions(
+                data=(data,), model=str(tiny_model), output=output, device="cpu", **fields
+            )
+        )
+    assert (output / "adapter_model.safetensors").is_file()
 
 
 def test_without_the_package_the_way_out_is_named(

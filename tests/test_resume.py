@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,6 +149,25 @@ def test_checkpoints_of_another_run_are_refused(
         run(options(tmp_path, tiny_model, "cut", beta=0.2))
     run(options(tmp_path, tiny_model, "cut", beta=0.2, resume=False))
     assert losses(tmp_path / "cut")[0][0] == 1
+
+
+def test_data_and_starting_weights_are_known_by_their_content(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows edited to the same size, and a model trained again in its folder, are other ones."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    chosen = options(tmp_path, model, "once", save_every=0, max_steps=1)
+    run(chosen)
+    run(chosen)
+    assert "complete already" in capsys.readouterr().out
+    data = Path(chosen.data[0])
+    data.write_text(data.read_text().replace("I need a", "I want a"))
+    run(chosen)
+    assert "replaces a finished run (data_identity differ)" in capsys.readouterr().err
+    shutil.copy(tmp_path / "once" / "model.safetensors", model / "model.safetensors")
+    run(chosen)
+    assert "replaces a finished run (weights_identity differ)" in capsys.readouterr().err
 
 
 SCRIPT = """

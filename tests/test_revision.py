@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 from scripted import Scripted, manifest_of, write_candidates
+from test_openai import Hosted
 
 from feedback import revision
 from feedback.backends import SampleCall, SampleReply
 from feedback.config import EngineOptions
 from feedback.constitution import load_constitution
-from feedback.errors import BackendError, RecipeError, ShardError
-from feedback.records import Candidates
+from feedback.errors import BackendError, BudgetExceeded, InputError, RecipeError, ShardError
+from feedback.records import Candidates, Usage
 from feedback.revision import ReviseOptions
 from feedback.shards import read_rows
 
@@ -41,6 +42,7 @@ class Reviewer(Scripted):
                 texts=(text if answer is None else answer,),
                 finish_reasons=("stop",),
                 logps=(-3.5,),
+                usage=Usage(prompt_tokens=100, completion_tokens=50),
             )
 
 
@@ -55,12 +57,8 @@ def revise(tmp_path: Path, rows=None, **fields) -> list[Candidates]:
     source = tmp_path / "candidates.jsonl"
     if not source.exists():
         write_candidates(source, rows or {"p1": [1, 2], "p2": [3]})
-    options = ReviseOptions(
-        candidates=source,
-        out=tmp_path / "revised",
-        engine=fields.pop("engine", EngineOptions(model="reviewer")),
-        **fields,
-    )
+    fields = {"engine": EngineOptions(model="reviewer"), **fields}
+    options = ReviseOptions(candidates=source, out=tmp_path / "revised", **fields)
     revision.run(options)
     return list(read_rows(options.out, Candidates))
 
@@ -190,6 +188,91 @@ def test_another_seed_needs_another_folder(tmp_path, reviewer):
     moved = EngineOptions(backend="openai", model="pocket:policy", base_url="http://localhost:9/v1")
     with pytest.raises(ShardError, match="another engine"):
         revise(tmp_path, engine=moved)
+
+
+def test_another_seed_can_replace_what_was_made(tmp_path, reviewer):
+    revise(tmp_path)
+    with pytest.raises(ShardError, match="--on-change set-aside") as refused:
+        revise(tmp_path, seed=4)
+    assert "cache" not in str(refused.value), "nothing is cached here"
+    revise(tmp_path, seed=4, on_change="set-aside")
+    assert manifest_of(tmp_path / "revised")["seed"] == 4
+    assert json.loads((tmp_path / "revised.1" / "run.json").read_text())["seed"] == 0
+
+
+ROWS = {f"p{number}": [1, 2] for number in range(5)}
+PAID = EngineOptions(model="reviewer", backend="openai")
+
+
+def prices_of(tmp_path: Path) -> Path:
+    path = tmp_path / "prices.toml"
+    path.write_text("[reviewer]\nprompt = 1000.0\ncompletion = 1000.0\n")  # $0.15 a call
+    return path
+
+
+def test_a_dry_run_counts_critiques_and_revisions(tmp_path, reviewer, capsys):
+    run = {"engine": PAID, "prices": prices_of(tmp_path), "completions": "all", "rounds": 2}
+    write_candidates(tmp_path / "candidates.jsonl", ROWS)
+    options = ReviseOptions(
+        candidates=tmp_path / "candidates.jsonl", out=tmp_path / "revised", dry_run=True, **run
+    )
+    revision.run(options)
+    said = capsys.readouterr().out
+    assert "5 prompts to revise" in said
+    # 5 prompts, 2 completions, 2 rounds, a critique (192 tokens) and a revision (256) each.
+    assert "at most 40 calls to reviewer; nothing was sent" in said
+    assert f"at most {20 * (192 + 256)} tokens of completions" in said
+    assert "price: at most $" in said
+    assert not options.out.exists() and reviewer[-1].asked == []
+    with pytest.raises(InputError, match="max_cost does nothing with backend transformers"):
+        revise(tmp_path, max_cost=1.0)
+
+
+@pytest.mark.parametrize("limit", [{"max_calls": 9}, {"max_cost": 2.5}])
+def test_a_limit_stops_cleanly_and_nothing_is_paid_twice(tmp_path, reviewer, limit):
+    """No critique without its revision: a row is begun if all of its calls fit."""
+    (tmp_path / "whole").mkdir()
+    fields = {"engine": PAID, "prices": prices_of(tmp_path), "max_tokens": 50, "rounds": 2}
+    whole = revise(tmp_path / "whole", ROWS, **fields)
+    asked, stops = [], 0
+    while stops < 10:
+        reviewer.append(Reviewer())
+        try:
+            rows = revise(tmp_path, ROWS, **fields, **limit)
+        except BudgetExceeded as stop:
+            stops += 1
+            assert "stopped at --max-" in str(stop)
+        else:
+            break
+        finally:
+            asked += [call.call_id for call in reviewer[-1].asked]
+            assert len(reviewer[-1].asked) <= limit.get("max_calls", 16)
+            assert len(reviewer[-1].asked) % 4 == 0
+    assert 1 <= stops < 10
+    assert len(asked) == len(set(asked)) == 20
+    assert rows == whole
+
+
+def test_what_a_row_leaves_over_is_there_for_the_next(tmp_path, reviewer):
+    """Empty critiques need no revision: 5 rows of up to 2 calls fit into 6."""
+    reviewer.append(Reviewer(lambda call: "" if len(call.messages) == 3 else None))
+    assert len(revise(tmp_path, ROWS, max_calls=6)) == 5
+    assert len(reviewer[-1].asked) == 5
+
+
+def test_endpoints_are_probed_before_they_are_asked(tmp_path):
+    write_candidates(tmp_path / "candidates.jsonl", {"p": [1]})
+    with Hosted() as proxy:
+        proxy.refuses = ("max_tokens",)
+        proxy.says = "Better."
+        options = ReviseOptions(
+            candidates=tmp_path / "candidates.jsonl",
+            out=tmp_path / "revised",
+            engine=EngineOptions(backend="openai", model="stand-in", base_url=proxy.base_url),
+        )
+        revision.run(options)
+    (row,) = read_rows(options.out, Candidates)
+    assert row.completions[-1].completion == "Better."
 
 
 def test_options_that_mean_nothing(tmp_path):

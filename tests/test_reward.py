@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -162,17 +163,21 @@ def test_packed_equals_unpacked_in_bfloat16(
 
 
 def test_listwise_packed_equals_unpacked(model: Any, tiny_model: Path) -> None:
-    """Group a: {2, 0} tied, then 3, then 1: the mean of the orders 2 0 3 1 and 0 2 3 1."""
+    """Group a: {2, 0} tied, then 3, then 1: the mean of the orders 2 0 3 1 and 0 2 3 1.
+
+    The rankings count by the mean weight of their pairs that count: 3.5 / 3 and 1.
+    """
     settings = options(tiny_model, tiny_model, loss="plackett-luce", centring=0.0)
     objective = RewardObjective(settings)
     total = torch.zeros(())
-    for group, orders in zip(GROUPS, ([(2, 0, 3, 1), (0, 2, 3, 1)], [(1, 0)]), strict=True):
+    orders_of = ([(2, 0, 3, 1), (0, 2, 3, 1)], [(1, 0)])
+    for group, weight, orders in zip(GROUPS, (3.5 / 3, 1.0), orders_of, strict=True):
         f = plain_rewards(model, group)
         for order in orders:
             ranked = f[list(order)]
             steps = [ranked[k] - ranked[k:].logsumexp(0) for k in range(len(order))]
-            total = total - sum(steps) / len(orders)
-    expected = total / 2
+            total = total - weight * sum(steps) / len(orders)
+    expected = total / (3.5 / 3 + 1)
     batch = with_layout(pack_groups(GROUPS), "blocks")
     packed = objective.loss(model, batch, objective.counts(GROUPS)).loss
     torch.testing.assert_close(packed, expected, atol=1e-5, rtol=1e-5)
@@ -308,6 +313,65 @@ def test_ensembles_train_apart_and_score_together(tiny_model: Path, tmp_path: Pa
     rewards = ensemble.score_members(["I need a car today"], ["Of course, one car today."])
     assert rewards[0] != rewards[1]
     assert len(read_report(tmp_path / "rm")["ensemble"]["members"]) == 2
+    weights = tmp_path / "rm" / "member-1" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    run(dataclasses.replace(settings, rule="mean"))  # the members stay as they are
+    assert weights.stat().st_mtime_ns == before
+    assert read_report(tmp_path / "rm")["ensemble"]["rule"] == "mean"
+    mean = load_reward_model(tmp_path / "rm", device="cpu")
+    assert isinstance(mean, RewardEnsemble) and mean.rule == "mean"
+
+
+def test_length_decorrelation_of_single_pairs_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "preferences.jsonl", preferences(12))
+    learn = LEARN | {"max_steps": 1, "eval_share": 0.0, "length_decorrelation": 1.0}
+    alone = options(tiny_model, tmp_path / "rm", data=(data,), **learn, pack=False)
+    with pytest.raises(RecipeError, match="each row holds one; raise row_tokens"):
+        run(alone)
+    run(dataclasses.replace(alone, pack=True))
+
+
+def test_eval_data_that_is_trained_on_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "preferences.jsonl", preferences(8))
+    learn = LEARN | {"max_steps": 1, "eval_share": 0.0, "eval_data": (data,)}
+    run(options(tiny_model, tmp_path / "rm", data=(data,), **learn))
+    warnings = json.loads((tmp_path / "rm" / "training.json").read_text())["data_report"][
+        "warnings"
+    ]
+    assert any("8 of 8 evaluation rows" in warning for warning in warnings)
+
+
+def test_another_rule_trains_nothing_again(tiny_model: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "preferences.jsonl", preferences(16))
+    learn = LEARN | {"max_steps": 1}
+    settings = options(tiny_model, tmp_path / "rm", data=(data,), members=2, **learn)
+    run(settings)
+
+    def weights() -> list[int]:
+        found = sorted((tmp_path / "rm").glob("member-*/model.safetensors"))
+        return [path.stat().st_mtime_ns for path in found]
+
+    before, report = weights(), read_report(tmp_path / "rm")
+    run(dataclasses.replace(settings, rule="uwo", uwo_lambda=50.0))
+    assert weights() == before
+    ensemble = load_reward_model(tmp_path / "rm", device="cpu")
+    assert isinstance(ensemble, RewardEnsemble)
+    assert (ensemble.rule, ensemble.uwo_lambda) == ("uwo", 50.0)
+    assert read_report(tmp_path / "rm")["calibration"] != report["calibration"]
+    card = (tmp_path / "rm" / "README.md").read_text()
+    assert "an ensemble of 2 reward models" in card and "by rule `uwo`" in card
+    assert "[member-1](member-1/README.md)" in card and "load_reward_model" in card
+    assert 'rule = "uwo"' in card and "## Evaluation" in card
+
+
+def test_rankings_count_as_the_pairs_they_are_trained_on(tiny_model: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rankings.jsonl", rankings(8))
+    learn = LEARN | {"max_steps": 1, "eval_share": 0.0}
+    run(options(tiny_model, tmp_path / "rm", data=(data,), **learn))
+    found = json.loads((tmp_path / "rm" / "training.json").read_text())["data_report"]
+    assert found["pairs"] > 0
+    card = (tmp_path / "rm" / "README.md").read_text()
+    assert f"{found['rankings']} rankings, {found['pairs']} pairs ({found['ties']} ties)" in card
 
 
 def test_adapters_are_merged_into_a_whole_model(tiny_model: Path, tmp_path: Path) -> None:
@@ -318,6 +382,23 @@ def test_adapters_are_merged_into_a_whole_model(tiny_model: Path, tmp_path: Path
 
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm")
     assert read_report(tmp_path / "rm")["accuracy"]["value"] > 0.6
+
+
+def test_the_head_moves_in_bfloat16_beside_adapters(tiny_model: Path, tmp_path: Path) -> None:
+    """Steps of 1e-5 are lost on bfloat16 weights without float32 copies."""
+    from safetensors.torch import load_file
+
+    data = write_rows(tmp_path / "preferences.jsonl", preferences(16))
+    fields = LEARN | {"learning_rate": 1e-5, "precision": "bfloat16", "eval_share": 0.0}
+    settings = options(
+        tiny_model, tmp_path / "rm", data=(data,), lora_rank=2, **fields | {"epochs": 30.0}
+    )
+    tokenizer = load_tokenizer(settings)
+    start = load_model(settings, tokenizer=tokenizer, kind="reward")
+    start_reward_model(start, tokenizer, seed=settings.seed)
+    run(settings)
+    head = load_file(tmp_path / "rm" / "model.safetensors")["score.weight"]
+    assert int((head != start.score.weight).sum()) > 16  # of 64; without the copies 1 or 2
 
 
 def test_continues_from_a_reward_model_with_its_head(tiny_model: Path, tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,6 @@ import pytest
 import torch
 from judge_stub import StubBackend, between, stub_judge
 
-from feedback.cache import ReplyCache
 from feedback.errors import InputError, RecipeError
 from feedback.records import content_id
 from train import ppo
@@ -248,14 +249,79 @@ def test_pairwise_rewards_ask_both_orders_against_the_gold_answer() -> None:
 def test_replies_are_cached_across_runs(tmp_path: Path) -> None:
     for expected in (2, 0):
         judge, backend = stub_judge("rating", rate)
-        with ReplyCache(tmp_path / "replies.sqlite", judge.identity) as cache:
-            found = JudgeReward(judge, backend, cache=cache).score(PROMPTS, COMPLETIONS)
+        scorer = JudgeReward(judge, backend, cache=tmp_path / "replies.sqlite")
+        found = scorer.score(PROMPTS, COMPLETIONS)
         torch.testing.assert_close(found, torch.tensor([0.45, -1.0]))
         assert len(backend.asked) == expected
 
 
-def test_a_judge_that_fails_on_some_calls_costs_those_samples_not_the_run(
+def test_replies_are_on_disk_while_the_run_goes_on(tmp_path: Path) -> None:
+    """Nobody closes a reward: another process finds its replies at once, and can add its own."""
+    path = tmp_path / "replies.sqlite"
+    judge, backend = stub_judge("rating", rate)
+    first = JudgeReward(judge, backend, cache=path)
+    first.score(PROMPTS, COMPLETIONS)
+    with contextlib.closing(sqlite3.connect(path, timeout=0.1)) as database:
+        assert database.execute("SELECT count(*) FROM reply").fetchone() == (2,)
+        with database:
+            database.execute("INSERT INTO reply VALUES (?, ?)", (b"key", b"value"))
+
+
+def test_a_judge_that_breaks_off_leaves_the_replies_it_gave(tmp_path: Path) -> None:
+    def breaks(text: str) -> dict[str, float] | str:
+        if "Booked" in text:
+            raise KeyboardInterrupt
+        return rate(text)
+
+    judge, backend = stub_judge("rating", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        JudgeReward(judge, backend, cache=tmp_path / "c").score(PROMPTS, COMPLETIONS)
+    judge, backend = stub_judge("rating", rate)
+    JudgeReward(judge, backend, cache=tmp_path / "c").score(PROMPTS, COMPLETIONS)
+    assert len(backend.asked) == 1
+
+
+def test_a_file_that_is_no_cache_is_an_error_at_once(tmp_path: Path) -> None:
+    (tmp_path / "c").write_text("notes" * 200)
+    judge, backend = stub_judge("rating", rate)
+    with pytest.raises(InputError, match="not a reply cache"):
+        JudgeReward(judge, backend, cache=tmp_path / "c")
+
+
+def test_prompts_that_the_reward_cannot_score_are_named_before_the_first_step(
     tiny_model: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    from test_reward_model import fresh
+    from transformers import AutoConfig
+
+    monkeypatch.setattr(
+        "train.rewards_judge.open_backend", lambda options: StubBackend(prefer_more_e)
+    )
+    source = RewardSource(kind="judge", template="pairwise")
+    options = policy_options(tiny_model, tmp_path, source)
+    assert set_up(options)
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [json.loads(line) for line in prompts.read_text().splitlines()]
+    for place in (1, 3):
+        del rows[place]["gold"]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = (
+        r"prompt_id p1 \('A table .*'\) has no gold answer .* and 1 more of 4: .*--reward.template"
+    )
+    with pytest.raises(InputError, match=words):
+        set_up(options)
+    folder = tmp_path / "reward-model"
+    fresh(tiny_model).save(folder)
+    config = AutoConfig.from_pretrained(folder)
+    config.max_position_embeddings = 30
+    config.save_pretrained(folder)
+    source = RewardSource(kind="model", models=(str(folder),))
+    with pytest.raises(InputError, match=r"1 of 4 prompts .* the reward model's context of 30"):
+        set_up(policy_options(tiny_model, tmp_path, source, value_model=str(tiny_model)))
+
+
+def test_a_judge_that_fails_on_some_calls_costs_those_samples_not_the_run(
+    tiny_model: Path, tmp_path: Path, monkeypatch: Any, caplog: Any
 ) -> None:
     def answer(text: str) -> dict[str, float] | str:
         reply = between(text, "<reply>", "</reply>")
@@ -268,6 +334,7 @@ def test_a_judge_that_fails_on_some_calls_costs_those_samples_not_the_run(
     trained = ppo.train(options)
     assert trained.figures["steps"] == 4
     assert 0 < trained.figures["failed_share"] < 1
+    assert caplog.text.count("has no report card") == 1
     rows = [json.loads(line) for line in (options.output / "metrics.jsonl").read_text().split("\n")
             if line]  # fmt: skip
     for row in rows:

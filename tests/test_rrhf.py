@@ -21,6 +21,7 @@ from train.data import Group, Pair
 from train.models import load_model, load_tokenizer
 from train.packing import pack_groups
 from train.rrhf import RrhfObjective, iterate, rank_candidates, run
+from train.trainer import PackedTrainer
 
 
 def options(tiny: Path, output: Path, **given: Any) -> RrhfOptions:
@@ -45,7 +46,7 @@ COMPARED = Group(  # preferences: 0 over 1, 2 over 1; 3 over 2 was seen, 3 over 
     prompt_id="b",
     prompt_ids=[50],
     completions=[[60, 61, 62, 1], [63, 1], [64, 65, 1], [66, 1]],
-    pairs=(Pair(0, 1, 0.9, 2.0), Pair(2, 1, 0.8, 0.5), Pair(3, 2, 0.6, 1.0)),
+    pairs=(Pair(0, 1, 0.9, 2.0), Pair(2, 1, 1.0, 0.5), Pair(3, 2, 0.6, 1.0)),
 )
 
 
@@ -74,9 +75,9 @@ def expected_loss(model: Any, confident: bool) -> Tensor:
 
     Ordered pairs (worse, better): (3,2), (3,0), (1,2), (1,0), (1,3), weight 1; with confidence
     (1,3) counts 2 * 0.7 - 1 = 0.4, and (1,0), where the judge's 0.6 was for 1, counts nothing.
-    COMPARED: win rates 0: 0.9, 1: 0.15, 2: (0.8 + 0.4) / 2 = 0.6, 3: 0.6: so 0, then 2 and 3
-    tied, then 1. Pair (2,3) is a tie there: no term. (1,0) counts 2, (1,2) 0.5; no other was
-    compared.
+    COMPARED: win rates by weight 0: 0.9, 1: 0.2 / 2.5, 2: (0.5 * 1 + 0.4) / 1.5 = 0.6, 3: 0.6: so
+    0, then 2 and 3 tied, then 1. Pair (2,3) is a tie there: no term. (1,0) counts 2, (1,2) 0.5; no
+    other was compared.
     Group weights: 1 and 3.5 / 3. Best of the second is 0.
     """
     sums, p = mean_logprobs(model, RANKED)
@@ -86,10 +87,28 @@ def expected_loss(model: Any, confident: bool) -> Tensor:
     first = sum(c * torch.relu(p[i] - p[j] + 0.3) for (i, j), c in order.items())
     first = first - (sums[2] + sums[0]) / 2
     sums, p = mean_logprobs(model, COMPARED)
-    weights = {(1, 0): 2.0 * (0.8 if confident else 1), (1, 2): 0.5 * (0.6 if confident else 1)}
+    weights = {(1, 0): 2.0 * (0.8 if confident else 1), (1, 2): 0.5}
     second = sum(c * torch.relu(p[i] - p[j] + 0.3) for (i, j), c in weights.items())
     weight = 3.5 / 3
     return (first + second - weight * sums[0]) / (1 + weight)
+
+
+@pytest.mark.parametrize("confident", [False, True])
+def test_a_row_that_comes_twice_or_weighs_nothing_changes_nothing(
+    model: Any, tiny_model: Path, confident: bool
+) -> None:
+    settings = options(tiny_model, tiny_model, confidence_weights=confident, margin=0.3)
+    objective = RrhfObjective(settings)
+
+    def loss(*more: Pair) -> Tensor:
+        rows = [dataclasses.replace(COMPARED, pairs=(Pair(0, 1, 0.9, 2.0), *more))]
+        groups = rank_candidates(rows, DataReport(), settings)
+        batch = with_layout(pack_groups(groups), "blocks")
+        return objective.loss(model, batch, objective.counts(groups)).loss
+
+    twice, ignored = Pair(0, 1, 0.9, 2.0), Pair(1, 0, 1.0, 0.0)
+    torch.testing.assert_close(loss(twice), loss())
+    torch.testing.assert_close(loss(ignored), loss())
 
 
 @pytest.mark.parametrize("confident", [False, True])
@@ -109,6 +128,22 @@ def test_packed_equals_the_paper_unpacked(
     torch.testing.assert_close(packed, expected, atol=1e-5, rtol=1e-5)
     for ours, theirs in zip(gradients(model, packed), gradients(model, expected), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_the_evaluation_loss_is_that_of_all_rows_at_once(
+    model: Any, tiny_model: Path, tmp_path: Path, batch_size: int
+) -> None:
+    settings = options(tiny_model, tmp_path, batch_size=batch_size)
+    groups = rank_candidates([RANKED, COMPARED, RANKED], DataReport(), settings)
+    objective = RrhfObjective(settings)
+    batch = with_layout(pack_groups(groups), "blocks")
+    with torch.no_grad():
+        expected = objective.loss(model, batch, objective.counts(groups)).loss
+    trainer = PackedTrainer(
+        model=model, options=settings, objective=objective, groups=groups, eval_groups=groups
+    )
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_packed_equals_unpacked_in_bfloat16(tiny_model: Path, tmp_path: Path) -> None:

@@ -35,6 +35,14 @@ def test_other_settings_are_refused_by_name(folder: Path) -> None:
         claim_folder(folder, {"seed": 1, "orders": ["both"], "template": "new"})
 
 
+def test_a_damaged_record_is_said(folder: Path) -> None:
+    (folder / "run.json").write_text('{"seed": 1, "ord')
+    with pytest.raises(ShardError, match=r"run\.json: is damaged; use another --out"):
+        claim_folder(folder, {"seed": 1})
+    with pytest.raises(ShardError, match="is damaged"):
+        make_way(folder, {"seed": 1}, "replace")
+
+
 def test_set_aside_loses_nothing(folder: Path) -> None:
     make_way(folder, {"seed": 2}, "set-aside")
     assert not folder.exists()

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_openai import Hosted
 
 from feedback import sampling
-from feedback.backends import SampleCall, SampleReply
+from feedback.backends import Capabilities, SampleCall, SampleReply
 from feedback.config import EngineOptions
-from feedback.errors import BackendError, InputError, RecipeError, ShardError
-from feedback.records import Candidates, JudgeIdentity, normalise_text
+from feedback.errors import BackendError, BudgetExceeded, InputError, RecipeError, ShardError
+from feedback.records import Candidates, JudgeIdentity, Usage, normalise_text
 from feedback.sampling import SampleOptions
 from feedback.shards import read_manifest, read_rows
 
@@ -27,6 +28,11 @@ class ScriptedPolicy:
         self.calls: list[SampleCall] = []
         self.stop_after: int | None = None
         self.closed = 0
+        self.prepared = 0
+
+    def prepare(self, labels: tuple[str, ...]) -> Capabilities:
+        self.prepared += 1
+        return Capabilities(logprobs=True)
 
     def sample(self, calls: Iterable[SampleCall]) -> Iterator[SampleReply]:
         window: list[SampleCall] = []
@@ -50,6 +56,7 @@ class ScriptedPolicy:
             texts=tuple(str(text) for text in texts),
             finish_reasons=("stop",) * call.n,
             logps=(-1.5,) * call.n,
+            usage=Usage(prompt_tokens=10, completion_tokens=20 * call.n),
         )
 
     def close(self) -> None:
@@ -354,6 +361,123 @@ def test_missing_file_and_senseless_options(tmp_path: Path) -> None:
     for settings in ({"completions": 0}, {"temperatures": ()}, {"top_p": 0.0}, {"max_tokens": 0}):
         with pytest.raises(RecipeError):
             options(tmp_path, **settings)
+
+
+# --- what it costs -------------------------------------------------------------------------------
+
+PAID: dict[str, Any] = {
+    "engine": EngineOptions(model="a", backend="openai"),
+    "more": (EngineOptions(model="b", backend="batch"),),
+    "temperatures": (0.5, 1.0),
+}
+"""Two policies, each of two completions, at two temperatures: two calls per prompt and policy."""
+
+
+def prices_of(tmp_path: Path) -> Path:
+    path = tmp_path / "prices.toml"
+    path.write_text(
+        "[a]\nprompt = 1000.0\ncompletion = 10000.0\n"  # $0.21 a call, as ScriptedPolicy answers
+        "[b]\nprompt = 1000.0\ncompletion = 10000.0\nbatch = 0.5\n"
+    )
+    return path
+
+
+def test_a_dry_run_says_what_each_policy_would_be_sent(
+    tmp_path: Path, policies: dict[str, ScriptedPolicy], capsys: pytest.CaptureFixture[str]
+) -> None:
+    paid = options(tmp_path, **PAID, prices=prices_of(tmp_path), max_tokens=100, dry_run=True)
+    sampling.run(paid)
+    said = capsys.readouterr().out
+    assert "7 prompts to sample" in said
+    assert "14 calls to a; nothing was sent" in said and "14 calls to b" in said
+    # "Q0" and its role: round(2 / 4) + 4 tokens.
+    assert "about 56 prompt tokens (estimated at 4 characters each) and at most 1400 tokens" in said
+    assert "price: at most $14.0560" in said and "price: at most $7.0280" in said
+    assert not (tmp_path / "candidates").exists()
+    sampling.run(options(tmp_path, dry_run=True))
+    assert "price: none, the model runs on this machine" in capsys.readouterr().out
+
+
+def test_a_dry_run_on_a_folder_that_was_begun_counts_what_is_left_and_changes_nothing(
+    tmp_path: Path, policies: dict[str, ScriptedPolicy], capsys: pytest.CaptureFixture[str]
+) -> None:
+    policies["a"] = ScriptedPolicy("a", unique)
+    with pytest.raises(BudgetExceeded):
+        sampling.run(options(tmp_path, max_calls=3))
+    folder = tmp_path / "candidates"
+    with (folder / "candidates-00000.jsonl").open("a") as file:
+        file.write('{"prompt_id": "p6", "torn')
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    sampling.run(options(tmp_path, dry_run=True))
+    assert "4 prompts to sample" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("limit", [{"max_calls": 5}, {"max_cost": 0.9}])
+def test_a_limit_stops_cleanly_and_the_next_run_goes_on(
+    tmp_path: Path, policies: dict[str, ScriptedPolicy], limit: dict[str, float]
+) -> None:
+    """Whole rows only, nothing asked twice, and the same completions as without a limit."""
+    paid = {**PAID, "prices": prices_of(tmp_path), "max_tokens": 20}
+    for name in "ab":
+        policies[name] = ScriptedPolicy(name, unique)
+    sampling.run(options(tmp_path, out=tmp_path / "whole", **paid))
+    asked: list[str] = []
+    stops = 0
+    while True:
+        for name in "ab":
+            policies[name] = ScriptedPolicy(name, unique)
+        try:
+            sampling.run(options(tmp_path, **paid, **limit))
+        except BudgetExceeded as stop:
+            stops += 1
+            assert "stopped at --max-" in str(stop) and "run the same command again" in str(stop)
+        else:
+            break
+        finally:
+            calls = [call for policy in policies.values() for call in policy.calls]
+            asked += [call.call_id for call in calls]
+            cost = sum(0.21 if call in policies["a"].calls else 0.105 for call in calls)
+            assert len(calls) <= limit.get("max_calls", 28)
+            assert cost <= limit.get("max_cost", 5.0)
+    assert stops > 2
+    assert len(asked) == len(set(asked)) == 28
+    assert rows_of(tmp_path / "candidates") == rows_of(tmp_path / "whole")
+
+
+def test_limits_that_cannot_be_kept_are_refused_before_anything_is_asked(
+    tmp_path: Path, policies: dict[str, ScriptedPolicy]
+) -> None:
+    policies["a"] = ScriptedPolicy("a", unique)
+    unknown = EngineOptions(model="b", backend="openai")
+    for settings, problem in (
+        ({"max_cost": 1.0}, "max_cost does nothing with backend transformers"),
+        ({"more": (unknown,), "max_cost": 1.0}, "--max-cost needs the price of 'b'"),
+        ({"more": (EngineOptions(base_url="http://x/v1"),)}, r"more\[0\]\.base_url does nothing"),
+    ):
+        with pytest.raises(InputError, match=problem):
+            sampling.run(options(tmp_path, **settings))
+    for settings in ({"max_calls": 0}, {"max_cost": -1.0}):
+        with pytest.raises(RecipeError):
+            options(tmp_path, **settings)
+    assert policies["a"].calls == []
+
+
+def test_endpoints_are_probed_before_they_are_sampled(tmp_path: Path) -> None:
+    """One that wants ``max_completion_tokens`` and gives no log-probabilities of completions."""
+    with Hosted() as proxy:
+        proxy.refuses = ("max_tokens", "logprobs")
+        engine = EngineOptions(model="stand-in", backend="openai", base_url=proxy.base_url)
+        sampling.run(options(tmp_path, engine=engine, completions=2, repeats="keep"))
+    rows = rows_of(tmp_path / "candidates")
+    assert [len(row.completions) for row in rows.values()] == [2] * 7
+    assert {entry.logp for row in rows.values() for entry in row.completions} == {None}
+
+
+def test_an_empty_prompt_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no prompts"):
+        sampling.run(options(tmp_path, count=0))
+    assert not (tmp_path / "candidates").exists()
 
 
 def test_shipped_sets_are_known_by_name(root: Path) -> None:

@@ -154,3 +154,27 @@ def test_shapes_that_do_not_divide_are_refused(tmp_path: Path, tiny_model: Path)
 def test_an_option_that_would_do_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="accept_bias does nothing in sft"):
         SftOptions(data=(), output=tmp_path, accept_bias=("length_bias.prefer_longer",))
+
+
+def test_packed_equals_unpacked_in_bfloat16() -> None:
+    groups, objective = documents(), SftObjective(chunk=3)
+    model = make_model(dtype=torch.bfloat16)
+    batch = with_layout(pack_groups(groups), "blocks")
+    loss = objective.loss(model, batch, objective.counts(groups)).loss
+    slopes = torch.cat([g.flatten().float() for g in _gradients(model, loss)])
+    total = torch.zeros(())
+    for group in groups:
+        ids = torch.tensor([[*group.prompt_ids, *group.completions[0]]])
+        logprobs = model(input_ids=ids).logits[0].float().log_softmax(-1)
+        mask = group.loss_masks[0] if group.loss_masks else [True] * len(group.completions[0])
+        first = len(group.prompt_ids) - 1
+        for place, (token, counted) in enumerate(zip(group.completions[0], mask, strict=True)):
+            total = total - logprobs[first + place, int(token)] * bool(counted)
+    expected = total / objective.counts(groups)["tokens"]
+    plain = torch.cat([g.flatten().float() for g in _gradients(model, expected)])
+    assert relative(loss, expected) < 1e-2
+    assert relative(slopes, plain) < 1e-2
+
+
+def _gradients(model: Any, loss: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad(loss, list(model.parameters()))

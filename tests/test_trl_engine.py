@@ -144,9 +144,10 @@ def test_held_out_rows_are_evaluated_by_trl(tiny_model: Path, tmp_path: Path, pa
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"soft_labels": True}, "soft_labels = false"),
     ({"loss": "davidson", "ties": "use"}, "bradley-terry"),
-    ({"loss": "plackett-luce", "ties": "use"}, "bradley-terry"),
+    ({"loss": "plackett-luce", "ties": "use", "soft_labels": True}, "bradley-terry"),
     ({"label_smoothing": 0.1}, "label_smoothing"),
     ({"length_decorrelation": 1.0}, "length_decorrelation"),
+    ({"activation_budget": 0.5}, "activation_budget"),
     ({"members": 2}, "members = 1"),
     ({"batch_size": 0}, "batch_size"),
     ({"share_prompt": False}, "share_prompt"),
@@ -186,6 +187,7 @@ def test_ties_and_weights_are_refused(tiny_model: Path, tmp_path: Path) -> None:
         ({"loss": "gdpo"}, "sigmoid, robust, ipo"),
         ({"loss": "ipo"}, "ipo_averaged"),
         ({"nll_weight": 0.1}, "nll_weight"),
+        ({"drift_warning": 0.2}, "drift_warning"),
         ({"label_smoothing": 0.1}, "robust"),
         ({"loss": "robust"}, "robust"),
         ({"reference_cache": Path("cache")}, "reference_cache"),
@@ -195,9 +197,8 @@ def test_dpo_refusals(
     tiny_model: Path, tmp_path: Path, pairs: str, variant: dict[str, Any], named: str
 ) -> None:
     fields = {"data": (pairs,), "model": str(tiny_model), "output": tmp_path / "p"}
-    options = DpoOptions(**fields, **RECIPE | PAIRS | {"engine": "trl"} | variant)  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match=named):
-        run_dpo(options)
+        run_dpo(DpoOptions(**fields, **RECIPE | PAIRS | {"engine": "trl"} | variant))  # type: ignore[arg-type]
 
 
 def test_sft_refusals(tiny_model: Path, tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ import torch
 from judge_stub import between, stub_judge
 
 from feedback.errors import InputError
-from feedback.records import content_id
 from train.rewards_judge import JudgeReward
 from train.trl_rewards import JudgeRewards, WinRateCallback
 
@@ -61,6 +60,19 @@ def test_pairwise_rewards_take_references_from_the_data_set() -> None:
     assert found == [pytest.approx(gap), pytest.approx(-gap)]
     with pytest.raises(InputError, match="no column 'best'"):
         rewards(prompts=PROMPTS[:1], completions=["e"])
+
+
+def test_each_row_is_compared_with_its_own_reference() -> None:
+    """One prompt and one completion, other references: in one batch, and in a later one."""
+    judge, backend = stub_judge("pairwise", prefers_e)
+    rewards = JudgeRewards(scorer=JudgeReward(judge, backend))
+    gap = 0.8 * math.tanh(2)
+    found = rewards(prompts=["p", "p"], completions=["eee", "eee"], gold=["e", "eeeee"])
+    assert found == [pytest.approx(gap), pytest.approx(-gap)]
+    assert rewards(prompts=["p"], completions=["eee"], gold=["eee"]) == [pytest.approx(0.0)]
+    asked = len(backend.asked)
+    assert rewards(prompts=["p"], completions=["eee"], gold=["e"]) == [pytest.approx(gap)]
+    assert len(backend.asked) == asked  # known by now
 
 
 @pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
@@ -191,6 +203,18 @@ def test_the_win_rate_by_hand(tiny_model: Path) -> None:
     assert callback.latest.n == 3
 
 
+def test_a_prompt_that_comes_twice_meets_both_of_its_baselines(tiny_model: Path) -> None:
+    """The same text wins against "" and loses against "eee": 0.5, not the last one's 0."""
+    judge, backend = stub_judge("pairwise", prefers_e)
+    trainer: Any = _Trainer(tiny_model)
+    callback = WinRateCallback(
+        trainer, prompts=["a", "a"], baseline=["", "eee"], scorer=JudgeReward(judge, backend)
+    )
+    callback._sample = lambda seed: ["e", "e"]  # type: ignore[method-assign]
+    callback.on_evaluate(None, None, None)
+    assert trainer.logged[0]["judge/win_rate"] == 0.5
+
+
 def test_a_baseline_is_sampled_from_the_starting_model(tiny_model: Path) -> None:
     judge, backend = stub_judge("pairwise", prefers_e)
     trainer: Any = _Trainer(tiny_model)
@@ -206,6 +230,6 @@ def test_a_baseline_is_sampled_from_the_starting_model(tiny_model: Path) -> None
         trainer.model.get_output_embeddings().weight[70:80] += 2.0
     callback.on_evaluate(None, None, None)
     assert set(trainer.logged[0]) >= {"judge/win_rate", "judge/undecided"}
-    assert callback.scorer.references[content_id(PROMPTS[0])] == first[0]
+    assert any(first[0] in text for text in backend.asked)  # what later texts are compared with
     with pytest.raises(InputError, match="needs prompts"):
         WinRateCallback(trainer, prompts=[], scorer=JudgeReward(judge, backend))

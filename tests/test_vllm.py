@@ -48,13 +48,21 @@ TOLERANCE = 2e-4
 """In probability: float32 on both sides, summed in other orders."""
 
 IN_PROCESS = """
-import dataclasses, json, os, sys
+import dataclasses, json, multiprocessing, os, signal, sys
 sys.path.insert(0, "tests")
 
 from test_vllm import judge_calls, sample_calls
 from feedback.backends import JudgeCall
 from feedback.backends.opening import open_backend
 from feedback.config import EngineOptions
+from feedback.errors import BackendError
+
+def death_of(stream):
+    try:
+        list(stream)
+    except BackendError as error:
+        return str(error)
+    return "alive"
 
 def main():
     model, adapter, target = sys.argv[1:]
@@ -91,6 +99,14 @@ def main():
     ]))
     backend._adapter = lora
     found["adapted"] = list(backend.judge(judge_calls()))
+    found["refused"] = list(backend.judge([
+        dataclasses.replace(judge_calls()[0], temperature=-1.0), judge_calls()[1],
+    ]))
+    stream = backend.judge(judge_calls() * 10)
+    next(stream)
+    for process in multiprocessing.active_children():
+        os.kill(process.pid, signal.SIGKILL)
+    found["deaths"] = [death_of(stream), death_of(backend.judge(judge_calls()))]
     backend.close()
     with open(target, "w") as file:
         json.dump(found, file, default=dataclasses.asdict)
@@ -190,6 +206,7 @@ def in_process(
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "OMP_NUM_THREADS": "1",
         },
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     found: dict[str, Any] = json.loads(target.read_text())
@@ -306,6 +323,20 @@ def test_one_bad_call_is_that_calls_error(in_process: dict[str, Any]) -> None:
     long, good = sorted(in_process["too_long"], key=lambda row: row["error"] is None)
     assert "exceed the model's 2048" in long["error"]
     assert good["error"] is None
+
+
+def test_a_call_that_vllm_refuses_is_that_calls_error(in_process: dict[str, Any]) -> None:
+    """Its errors are no ValueErrors any more."""
+    bad, good = sorted(in_process["refused"], key=lambda row: row["error"] is None)
+    assert "refused by vLLM: temperature" in bad["error"]
+    assert good["error"] is None
+
+
+def test_an_engine_that_is_killed_ends_the_run_with_an_error(in_process: dict[str, Any]) -> None:
+    """Its process is killed while calls wait: no traceback, no waiting for ever, no new calls."""
+    for death in in_process["deaths"]:
+        assert death.startswith("vLLM stopped: "), death
+        assert "What is finished is kept" in death
 
 
 def test_text_and_text_with_label(in_process: dict[str, Any]) -> None:

@@ -86,6 +86,33 @@ def test_length_held_equal_takes_out_what_length_alone_buys() -> None:
     assert plain.at_equal_length.value < 0.4
 
 
+def test_equal_length_takes_nothing_out_where_length_buys_nothing() -> None:
+    """A soft judge who does not look at length: the corrected rate is the rate, no softer."""
+    draw = np.random.default_rng(2)
+    rows = [
+        meeting(float(draw.beta(2.5, 1.6)), prompt=str(prompt), gap=int(draw.integers(-19, 60)))
+        for prompt in range(1500)
+    ]
+    found = win_rate(rows)
+    values = [
+        getattr(found, name).value
+        for name in ("win_rate", "preference", "at_equal_length", "preference_at_equal_length")
+    ]
+    rate, preference, equal, soft = values
+    assert rate - preference > 0.05
+    assert equal == pytest.approx(rate, abs=0.02)
+    assert soft == pytest.approx(preference, abs=0.02)
+
+
+def test_a_policy_that_wins_everything_wins_it_at_equal_length_too() -> None:
+    rows = [meeting(0.9, prompt=str(prompt), gap=prompt - 10) for prompt in range(20)]
+    rate = win_rate(rows).at_equal_length
+    assert rate.value is not None
+    assert rate.low is not None
+    assert rate.high is not None
+    assert 0.9 < rate.low <= rate.value <= rate.high <= 1
+
+
 def row(prompt_id: str, new: list[str], old: list[str]) -> Candidates:
     def side(texts: list[str]) -> Candidates:
         completions = [completion(text, str(place)) for place, text in enumerate(texts)]

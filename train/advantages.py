@@ -196,7 +196,9 @@ class RewardNormaliser:
 
     ``fixed`` freezes the moments after the first batch: with the starting policy's completions in
     it, that is the normalisation of Stiennon et al. (arXiv 2009.01325), under which the reference
-    policy has mean reward 0. ``running`` keeps pooling every batch since the start (MOSS-RLHF's
+    policy has mean reward 0. Batches without any spread (a sparse reward that nothing has met yet)
+    are pooled until there is some: divided by none, the first reward would be without bound.
+    ``running`` keeps pooling every batch since the start (MOSS-RLHF's
     PPO-max), which follows a drifting score scale.
     """
 
@@ -209,7 +211,7 @@ class RewardNormaliser:
 
     def update(self, scores: Tensor, reduce: Callable[[Tensor], Tensor] = _alone) -> None:
         """Pool a batch of scores, (B,), into the moments; NaN (no score) is left out."""
-        if self.mode == "none" or (self.mode == "fixed" and self.count):
+        if self.mode == "none" or (self.mode == "fixed" and self._deviation()):
             return
         known = scores[~scores.isnan()].double()
         count = float(reduce(torch.tensor(float(known.numel()), dtype=torch.float64)))
@@ -226,9 +228,15 @@ class RewardNormaliser:
     def normalise(self, scores: Tensor) -> Tensor:
         """Return scores in units of the moments, clipped to ``clip`` where that is above 0."""
         if self.mode != "none" and self.count > 1:
-            deviation = math.sqrt(self.square / (self.count - 1))
-            scores = (scores - self.mean) / max(deviation, 1e-6)
+            scores = (scores - self.mean) / (self._deviation() or 1.0)
         return scores.clamp(-self.clip, self.clip) if self.clip > 0 else scores
+
+    def _deviation(self) -> float:
+        """Return the standard deviation so far, 0 where it is no more than rounding."""
+        if self.count < 2:
+            return 0.0
+        deviation = math.sqrt(self.square / (self.count - 1))
+        return deviation if deviation > 1e-6 * max(1.0, abs(self.mean)) else 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs."""

@@ -51,6 +51,8 @@ NAME = "packed"
 BLOCK = 128
 AttentionKind = Literal["triton", "flex", "varlen", "sdpa", "blocks"]
 _CUDA_ONLY = ("triton", "flex", "varlen")
+# Settings with which a model scales or caps its logits or attention scores; 1 does nothing.
+_UNREAD = ("logit_scale", "logits_scaling", "final_logit_softcapping", "attn_logit_softcapping")
 
 # Compiled once; within a compiled layer it is inlined.
 _flex = torch.compile(flex_attention, dynamic=False)
@@ -76,11 +78,19 @@ def resolve_attention(kind: str, device: str) -> AttentionKind:
 
 
 def check_supported(config: Any) -> None:
-    """Refuse models whose attention is more than causal over the whole context.
+    """Refuse models that do more than attend causally to the whole context and multiply by a head.
 
     Raises:
-        InputError: sliding windows, chunked attention, or layers that are not attention.
+        InputError: sliding windows, chunked attention, layers that are not attention, scaled or
+            capped logits.
     """
+    values = config.to_dict()
+    changed = [name for name in _UNREAD if values.get(name) not in (None, 1)]
+    if changed:
+        raise InputError(
+            f"model type {config.model_type!r} has {', '.join(changed)}, which packed rows do not "
+            "reproduce; use another model, or --engine trl where the command has it"
+        )
     kinds = set(config.to_dict().get("layer_types") or [])
     windowed = bool(config.to_dict().get("sliding_window")) and config.to_dict().get(
         "use_sliding_window", True
@@ -91,7 +101,8 @@ def check_supported(config: Any) -> None:
         what = ", ".join(sorted(kinds - {"full_attention"})) or "sliding_attention"
         raise InputError(
             f"model type {config.model_type!r} has {what} layers, which packed rows do not "
-            "reproduce; use --engine trl, or a model with full attention in all layers"
+            "reproduce: use a model with full attention in all layers (sft, reward and dpo also "
+            "run this one, with --engine trl)"
         )
 
 

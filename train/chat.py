@@ -36,6 +36,12 @@ class DataReport:
     ties: int = 0
     identical: int = 0
     """Pairs dropped because both completions are equal after normalisation."""
+    weightless: int = 0
+    """Rows left out because their weight is 0."""
+    unjudged: int = 0
+    """Rankings left out because fewer than two of their completions were judged."""
+    cut_equal: int = 0
+    """Pairs, and rankings, dropped because the cut to max_length left completions equal."""
     unlabelled: int = 0
     """Groups dropped because no label is left in them."""
     truncated_completions: int = 0

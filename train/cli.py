@@ -7,9 +7,11 @@ classes live in modules that import neither torch nor vllm.
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -19,9 +21,27 @@ from train.commands import COMMANDS, load
 
 __all__ = ["main", "parse_options"]
 
+# Options that some training commands have, and these do not.
+_ABSENT = {
+    ("rrhf", "engine"): "rrhf has only the packed engine",
+    ("ppo", "engine"): "ppo has only the packed engine",
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; return the exit code."""
+    try:
+        try:
+            return _main(arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output has gone (``| head``). Python flushes once more as it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
@@ -65,6 +85,8 @@ def parse_options(kind: type[Any], name: str, words: list[str]) -> Any:
     table = {} if recipe is None else recipe_table(recipe, name)
     if name in ("run", "compare") and recipe is not None:
         table = {**table, "recipe": recipe}
+    for key in table:
+        _check_present(name, key, recipe)
     default = _with_missing(kind, table, recipe)
     if not {"-h", "--help"} & set(words):
         _check_words(kind, name, words, given=set(table))
@@ -83,35 +105,80 @@ def _check_words(kind: type[Any], name: str, words: list[str], *, given: set[str
     used = {word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
     for option in sorted(used):
         if option not in known:
+            _check_present(name, option.removeprefix("--"))
             raise RecipeError(
                 f"rlaif {name}: unknown option {option}{nearest(option, known)} "
                 f"(rlaif {name} --help lists them)"
             )
+    _check_numbers(kind, name, words)
     filled = {f"--{key}".replace("_", "-") for key in given} | used
     needed = [f"--{key}".replace("_", "-") for key in required_fields(kind)]
     if missing := [option for option in needed if option not in filled]:
         raise RecipeError(f"rlaif {name} needs {', '.join(missing)} (or a --recipe that has them)")
 
 
+def _check_present(name: str, option: str, recipe: str | None = None) -> None:
+    """Refuse an option that only other commands have, in words of its own."""
+    absent = _ABSENT.get((name, option.replace("-", "_")))
+    if absent is not None:
+        raise RecipeError(f"{absent}: leave {option} out", path=recipe)
+
+
+def _check_numbers(kind: type[Any], name: str, words: list[str]) -> None:
+    """Refuse words where an option takes one number."""
+    wanted = {option: _number_type(hint) for option, hint in _option_types(kind)}
+    for place, word in enumerate(words):
+        option, _, value = word.partition("=")
+        number = wanted.get(option.replace("_", "-"))
+        value = value or "".join(words[place + 1 : place + 2])
+        if number is None or not value or value == "None":
+            continue
+        try:
+            number(value)
+        except ValueError:
+            what = "a whole number" if number is int else "a number"
+            raise RecipeError(f"rlaif {name}: {option} takes {what}, not {value!r}") from None
+
+
+def _number_type(hint: Any) -> type[int] | type[float] | None:
+    """Return int or float for a type of one number, which may be None; for others, None."""
+    for number in (int, float):
+        if hint in (number, number | None):
+            return number
+    return None
+
+
 def _option_names(kind: type[Any], prefix: str = "--", *, of: type | None = None) -> list[str]:
     """Return every option of an options class (or those of one type); nested are joined by dots."""
-    names = []
+    return [name for name, hint in _option_types(kind, prefix) if of is None or hint is of]
+
+
+def _option_types(kind: type[Any], prefix: str = "--") -> Iterator[tuple[str, Any]]:
     hints = typing.get_type_hints(kind)
     for entry in dataclasses.fields(kind):
-        name = prefix + entry.name.replace("_", "-")
-        if of is None or hints[entry.name] is of:
-            names.append(name)
-        if dataclasses.is_dataclass(hints[entry.name]):
-            names += _option_names(hints[entry.name], f"{name}.", of=of)
-    return names
+        name, hint = prefix + entry.name.replace("_", "-"), hints[entry.name]
+        yield name, hint
+        if dataclasses.is_dataclass(hint):
+            yield from _option_types(typing.cast(type[Any], hint), f"{name}.")
 
 
 def _with_missing(kind: type[Any], table: dict[str, Any], recipe: str | None) -> Any:
-    """Build options from a recipe table; what it lacks stays for the command line."""
+    """Return a recipe table's options; what it lacks stays for the command line.
+
+    Nothing is checked yet: the command line may hold what makes the recipe's options work.
+    """
     import tyro
 
     values = option_values(kind, table, path=recipe)
-    return kind(**{name: tyro.MISSING for name in required_fields(kind)} | values)
+    options = object.__new__(kind)
+    for entry in dataclasses.fields(kind):
+        default = entry.default
+        if entry.default_factory is not dataclasses.MISSING:
+            default = entry.default_factory()
+        if default is dataclasses.MISSING:
+            default = tyro.MISSING
+        object.__setattr__(options, entry.name, values.get(entry.name, default))
+    return options
 
 
 def _name_first(kind: type[Any], words: list[str]) -> list[str]:

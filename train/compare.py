@@ -40,7 +40,7 @@ from train.compare_plan import (
     underscored,
     write_best,
 )
-from train.compare_summary import GATE, KINDS, print_table, summarise
+from train.compare_summary import GATE, KINDS, judges_that_labelled, print_table, summarise
 from train.config import DpoOptions
 from train.models import resolve_device
 from train.pipeline import PipelineOptions
@@ -69,6 +69,11 @@ def run(options: CompareOptions) -> None:
         )
     )
     shared = prepare(options, recipe, data=options.folder / "data")
+    for name in judges_that_labelled(shared):
+        say(
+            f"warning: {name} labelled the training data and scores the policies too: its win rate "
+            "is of what was trained for; name another judge in [[evaluate.judges]]"
+        )
     jobs = _jobs(shared)
     say(f"{len(jobs)} trainings and evaluations, {shared.tokens:,} tokens per training")
     results = run_jobs(

@@ -169,8 +169,10 @@ def _meetings(folder: Path) -> dict[str, list[Meeting]]:
             Completion(completion_id=side, completion=row[side], model=side)
             for side in ("new", "start")
         )
+        agree = row.get("consistent", {})  # evaluations of older versions do not have it
         for judge, p in row["p_new"].items():
-            found.setdefault(judge, []).append(Meeting(row["prompt_id"], new, old, p, None))
+            meeting = Meeting(row["prompt_id"], new, old, p, agree.get(judge))
+            found.setdefault(judge, []).append(meeting)
     return found
 
 

@@ -42,7 +42,7 @@ def render_comparison(record: Mapping[str, Any]) -> str:
         kicker="comparison",
         subtitle=(
             "The same candidates and verdicts, the same number of tokens passed forward and "
-            "backward; scored by judges and checks that labelled nothing."
+            f"backward; scored by {_scored_by(record)}."
         ),
         sections=sections,
         facts=[
@@ -52,6 +52,13 @@ def render_comparison(record: Mapping[str, Any]) -> str:
             ("best of n", f"n = {record['best_of']}"),
         ],
     )
+
+
+def _scored_by(record: Mapping[str, Any]) -> str:
+    own = record.get("judges_that_labelled", [])
+    if not own:
+        return "judges and checks that labelled nothing"
+    return f"judges and checks, of which {', '.join(own)} labelled what was trained on"
 
 
 def _estimate(value: Mapping[str, Any] | None) -> Estimate | None:
@@ -170,9 +177,10 @@ def _cost(record: Mapping[str, Any]) -> Section:
     return Section(
         "cost",
         "Equal tokens",
-        "Tokens that one training passes forward and backward. What comes on top of them, the "
-        "samples of PPO and of best of n and the scores of their reward model, is in the seconds; "
-        "the reward model itself is trained once before.",
+        "Tokens that one training passes forward and backward through the policy. What comes on "
+        "top of them is in the seconds: the passes of PPO's value model over the same tokens, each "
+        "rollout's single pass through policy, value model, reference and reward model, the "
+        "samples of PPO and of best of n; the reward model itself is trained once before.",
         [table(head, rows)],
     )
 

@@ -1,8 +1,9 @@
 """Which trainings a comparison runs, so that each algorithm gets the same number of tokens.
 
-A token counts once for every time that it is passed forward and backward. A prompt that stands in a
-packed row once for all of its completions counts once. What an algorithm costs besides (the reward
-model, PPO's samples, best-of-n's samples) is counted apart and shown beside it.
+A token counts once for every time that it is passed forward and backward through the policy. A
+prompt that stands in a packed row once for all of its completions counts once. What an algorithm
+costs besides (PPO's value model, samples and scores, best-of-n's samples) is in the seconds that
+are shown beside it, not in the tokens; the reward model is trained once before.
 """
 
 from __future__ import annotations

@@ -11,16 +11,18 @@ import rich.box
 from rich.console import Console
 from rich.table import Table
 
-from feedback.shards import package_versions
+from feedback.provenance import origins_in
+from feedback.shards import manifest_sha256, package_versions, read_manifest
 from train.best_of_n import best_of_n_kl
 from train.compare_jobs import Job, JobResult
 from train.compare_measure import Outcome, difference, read_outcome
 from train.compare_plan import Comparison, evaluation_options, start_engine
+from train.models import resolve_model
+from train.results import RECORD
+from train.reward_model import ENSEMBLE
 
-__all__ = ["GATE", "KINDS", "MODELS_HELD", "print_table", "summarise"]
+__all__ = ["GATE", "KINDS", "judges_that_labelled", "models_held", "print_table", "summarise"]
 
-# Full sets of weights in memory: while training, or for best-of-n while sampling.
-MODELS_HELD = {"sft": 1, "bon": 2, "dpo": 1, "rrhf": 1, "ppo": 4}
 GATE = "gate.json"
 """Which rows of the report card the gate would refuse such labels for."""
 # Short and stacked: the table fits into 80 columns.
@@ -45,6 +47,7 @@ def summarise(
         "best_of": options.best_of,
         "start": start_engine(shared.recipe)["model"],
         "judges": [engine.model for engine in evaluation_options(shared.recipe).judges],
+        "judges_that_labelled": judges_that_labelled(shared),
         "methods": {},
         "curves": {},
         "versions": package_versions(),
@@ -57,6 +60,7 @@ def summarise(
             record["methods"][algorithm] = {
                 **outcome.to_dict(),
                 **_cost(algorithm, jobs, results),
+                "models_held": models_held(shared, algorithm),
             }
             record["curves"][algorithm] = _curve(shared, algorithm, jobs)
     if "labels" in options.parts:
@@ -92,8 +96,33 @@ def _cost(
         "seconds": sum(results[job.name].seconds for job in mine) / count,
         "cpu_seconds": sum(results[job.name].cpu_seconds for job in mine) / count,
         "peak_mib": max(results[job.name].peak_mib for job in mine),
-        "models_held": MODELS_HELD[algorithm],
     }
+
+
+def judges_that_labelled(shared: Comparison) -> list[str]:
+    """Return the judges of the evaluation whose labels the policies were trained on."""
+    manifest = read_manifest(shared.data.preferences)
+    origins = origins_in("preferences", manifest, manifest_sha256(shared.data.preferences))
+    labelled = {resolve_model(str(judge["model"])) for origin in origins for judge in origin.judges}
+    judges = [engine.model for engine in evaluation_options(shared.recipe).judges]
+    return [name for name in judges if resolve_model(name) in labelled]
+
+
+def models_held(shared: Comparison, algorithm: str) -> int:
+    """Return the full sets of weights in memory: in training, or while best-of-n chooses.
+
+    SFT, DPO and RRHF hold the policy alone: DPO computes the reference's log-probabilities before
+    it starts. What PPO held, its own record says.
+    """
+    if algorithm == "ppo":
+        folder = shared.options.folder / "policies" / f"ppo-{shared.options.seeds[0]}"
+        figures = json.loads((folder / RECORD).read_text(encoding="utf-8"))["figures"]
+        return int(figures["models_held"]) + int(figures["reward_models_held"])
+    if algorithm == "bon":
+        index = shared.data.reward_model / ENSEMBLE
+        members = json.loads(index.read_text())["members"] if index.is_file() else [""]
+        return 1 + len(members)
+    return 1
 
 
 def _curve(shared: Comparison, algorithm: str, jobs: Sequence[Job]) -> list[dict[str, Any]]:

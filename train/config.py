@@ -1,8 +1,9 @@
 """Options of the training commands: a frozen dataclass each, help text under each field, no torch.
 
 ``TrainOptions`` is what all packed trainers share; ``SftOptions``, ``RewardOptions``,
-``DpoOptions`` and ``RrhfOptions`` add what their algorithm needs. Wrong combinations are errors
-when the options are built, not a thousand steps later.
+``DpoOptions`` and ``RrhfOptions`` add what their algorithm needs. Values out of range, wrong
+combinations and options that would do nothing are errors when the options are built, not a thousand
+steps later (``train/option_checks.py``).
 """
 
 from __future__ import annotations
@@ -12,6 +13,16 @@ from pathlib import Path
 from typing import Literal
 
 from feedback.errors import RecipeError
+from train.option_checks import (
+    DPO,
+    REWARD,
+    RRHF,
+    SFT,
+    SHARED,
+    check_limits,
+    check_loggers,
+    refuse_inert,
+)
 
 __all__ = [
     "DpoOptions",
@@ -32,7 +43,8 @@ class TrainOptions:
     output: Path
     """Folder for the trained model, its card, metrics and checkpoints."""
     model: str = "pocket:policy"
-    """Model to start from: a folder, a Hub name, or an embedded model such as pocket:policy."""
+    """Model to start from: a folder, a Hub name, or an embedded model such as pocket:policy. A LoRA
+    adapter is merged into its base first."""
     revision: str | None = None
     """Model revision (commit or tag) on the Hub."""
     tokenizer: str | None = None
@@ -70,7 +82,8 @@ class TrainOptions:
     """Seed of data order and initial weights."""
 
     max_length: int = 2048
-    """Tokens of a prompt plus one of its completions, at most."""
+    """Tokens of a prompt plus one of its completions, at most; what is left must fit the model's
+    context."""
     overlong: Literal["truncate", "drop", "error"] = "truncate"
     """What happens to longer ones; both counts are reported. Truncated completions lose their end
     and their end-of-text token; a prompt of more than half of max_length loses its beginning."""
@@ -120,13 +133,13 @@ class TrainOptions:
     """Shard folders or files to evaluate on."""
     eval_share: float = 0.0
     """Share of the training data's prompts held out for evaluation when eval_data is not given;
-    the split is by prompt."""
+    the split is by prompt, that of texts by row."""
     eval_every: int = 0
-    """Steps between evaluations; 0: only at the end."""
+    """Steps between evaluations, where there are rows to evaluate on; 0: only at the end."""
     save_every: int = 0
     """Steps between checkpoints to resume from; 0: none."""
     keep_checkpoints: int = 1
-    """How many checkpoints to keep."""
+    """How many checkpoints to keep, where save_every makes any."""
     log_every: int = 10
     """Steps between log lines."""
     report_to: tuple[str, ...] = ()
@@ -137,21 +150,14 @@ class TrainOptions:
     """Matrix-product peak of one device for the MFU figure; 0: known for common GPUs."""
 
     def __post_init__(self) -> None:
-        """Refuse combinations that cannot work, naming the way out."""
+        """Refuse values and combinations that cannot work or do nothing, naming the way out."""
+        check_limits(self)
+        check_loggers(self.report_to)
+        refuse_inert(self, SHARED)
         if self.eval_data and self.eval_share:
             raise RecipeError("eval_data and eval_share are both given; keep one of them")
-        if not 0 <= self.eval_share < 1:
-            raise RecipeError(f"eval_share is {self.eval_share}; it must lie in [0, 1)")
         if self.quantize != "none" and not self.lora_rank:
             raise RecipeError("quantize trains adapters over frozen weights: set lora_rank too")
-        if (self.lora_alpha or self.lora_dropout) and not self.lora_rank:
-            raise RecipeError("lora_alpha and lora_dropout do nothing while lora_rank is 0")
-        if not 0 < self.activation_budget <= 1:
-            raise RecipeError(
-                f"activation_budget is {self.activation_budget}; it must lie in (0, 1]"
-            )
-        if self.batch_size < 0 or self.epochs <= 0 or self.max_length < 2:
-            raise RecipeError("batch_size must be >= 0, epochs > 0 and max_length >= 2")
         if self.row_tokens and self.row_tokens < self.max_length:
             raise RecipeError(
                 f"row_tokens ({self.row_tokens}) is less than max_length ({self.max_length}): the "
@@ -196,7 +202,7 @@ class SftOptions(TrainOptions):
     completion_only: bool = True
     """Only completion (or assistant) tokens carry loss; text rows carry it everywhere."""
     min_learning_rate: float = 0.0
-    """Learning rate at the end of the schedule, as a share of the peak."""
+    """Learning rate at the end of schedule linear or cosine, as a share of the peak."""
     shape: ModelShape = field(default_factory=ModelShape)
     """Shape of the model when ``model`` is ``scratch``."""
     engine: Literal["packed", "trl"] = "packed"
@@ -205,8 +211,7 @@ class SftOptions(TrainOptions):
     def __post_init__(self) -> None:
         """Refuse what would do nothing."""
         super().__post_init__()
-        if self.accept_bias:
-            raise RecipeError("accept_bias does nothing in sft, which reads no judge's labels")
+        refuse_inert(self, SFT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,25 +251,10 @@ class RewardOptions(TrainOptions):
     """trl runs TRL's own RewardTrainer on the same rows (hard labels only), as a cross-check."""
 
     def __post_init__(self) -> None:
-        """Refuse combinations that cannot work, naming the way out."""
+        """Refuse combinations that cannot work or do nothing, naming the way out."""
         super().__post_init__()
-        if not 0 <= self.label_smoothing < 0.5:
-            raise RecipeError(f"label_smoothing is {self.label_smoothing}; it must lie in [0, 0.5)")
-        if self.ties == "drop" and self.loss in ("rao-kupper", "davidson"):
-            raise RecipeError(f"{self.loss} models ties: ties = 'drop' would leave it none")
-        if self.tie_nu is not None and self.loss not in ("rao-kupper", "davidson"):
-            raise RecipeError(f"tie_nu does nothing with loss {self.loss!r}; remove it")
-        if self.tie_nu is not None and self.tie_nu <= (self.loss == "rao-kupper"):
-            raise RecipeError("tie_nu must be greater than 1 (rao-kupper) or 0 (davidson)")
-        if self.margin_scale and self.loss != "bradley-terry":
-            raise RecipeError(f"margin_scale needs loss 'bradley-terry', not {self.loss!r}")
-        if self.loss == "plackett-luce" and (self.label_smoothing or self.ties == "drop"):
-            raise RecipeError(
-                "plackett-luce reads rankings, not pairs: label_smoothing and ties = 'drop' do "
-                "nothing there; remove them or use loss 'bradley-terry'"
-            )
-        if self.members < 1:
-            raise RecipeError(f"members is {self.members}; it must be at least 1")
+        refuse_inert(self, REWARD)
+        _check_tie_model(self)
 
     @property
     def nu(self) -> float:
@@ -280,23 +270,26 @@ class DpoOptions(TrainOptions):
         "sigmoid", "gdpo", "robust", "ipo", "rpo", "simpo", "rao-kupper", "davidson", "listwise"
     ] = "sigmoid"
     """sigmoid: DPO, cDPO with soft labels (optimum at logit p); gdpo: geometric averaging; robust:
-    rDPO; ipo; rpo: reward-aware; simpo: no reference; rao-kupper, davidson: ties as an outcome of
-    their own; listwise: Plackett-Luce over whole rankings."""
+    rDPO, hard labels of which the share label_smoothing is flipped (a tie gives no gradient); ipo;
+    rpo: reward-aware; simpo: no reference; rao-kupper, davidson: ties as an outcome of their own;
+    listwise: Plackett-Luce over whole rankings."""
     beta: float = 0.1
     """Strength of the pull to the reference (ipo: the paper's tau; simpo: the reward scale)."""
     soft_labels: bool = True
-    """Use the judge's probability; off: the preferred one is simply right."""
+    """Use the judge's probability; off: the preferred one is simply right. rpo and listwise read
+    none."""
     ties: Literal["use", "drop"] = "use"
     """Rows that the judge called a tie: train on them as p = 0.5 (or as the tie outcome of
     rao-kupper and davidson), or leave them out (counted)."""
     label_smoothing: float = 0.0
-    """Chance that a label is flipped, in [0, 0.5): mixed into p; for robust the flip rate."""
+    """Chance that a label is flipped, in [0, 0.5): mixed into p; robust needs it as its flip rate,
+    in (0, 0.4]."""
     nll_weight: float = 0.0
     """Weight of the chosen completion's mean negative log-likelihood, added to the loss."""
     ld_alpha: float = 1.0
     """LD-DPO: weight of tokens beyond the shorter completion's length; 1: plain DPO."""
     simpo_gamma: float = 0.5
-    """SimPO's target margin."""
+    """SimPO's target margin (loss simpo only)."""
     rpo_eta: float = 1.0
     """RPO: implicit-reward units per unit of the rows' margin (score gap)."""
     rpo_form: Literal["target_to_policy", "policy_to_target", "squared"] = "target_to_policy"
@@ -310,40 +303,22 @@ class DpoOptions(TrainOptions):
     reference_cache: Path | None = None
     """Folder of cached reference log-probabilities; None: ``reference-cache`` beside the output."""
     drift_warning: float = 0.5
-    """Warn when the chosen completions' log-probability falls by more than this many nats per
-    token below the reference; 0: never."""
+    """Warn when the chosen completions' log-probability (listwise: the best ones') falls by more
+    than this many nats per token below the reference; 0: never. simpo has no reference, and no such
+    watch."""
     engine: Literal["packed", "trl"] = "packed"
     """trl runs TRL's own DPOTrainer on the same rows (hard labels only), as a cross-check."""
 
     def __post_init__(self) -> None:
-        """Refuse combinations that cannot work, naming the way out."""
+        """Refuse combinations that cannot work or do nothing, naming the way out."""
         super().__post_init__()
-        if not 0 <= self.label_smoothing < 0.5:
-            raise RecipeError(f"label_smoothing is {self.label_smoothing}; it must lie in [0, 0.5)")
-        if not 0 <= self.ld_alpha <= 1:
-            raise RecipeError(f"ld_alpha is {self.ld_alpha}; it must lie in [0, 1]")
-        if self.ties == "drop" and self.loss in ("rao-kupper", "davidson"):
-            raise RecipeError(f"{self.loss} models ties: ties = 'drop' would leave it none")
-        if self.loss == "simpo" and (self.reference_model or self.reference_cache):
-            raise RecipeError("simpo has no reference: remove reference_model and reference_cache")
-        self._refuse_inert()
-
-    def _refuse_inert(self) -> None:
-        """Refuse options that the chosen loss would ignore."""
-        ties = self.loss in ("rao-kupper", "davidson")
-        if self.tie_nu is not None and not ties:
-            raise RecipeError(f"tie_nu does nothing with loss {self.loss!r}; remove it")
-        if self.tie_nu is not None and self.tie_nu <= (self.loss == "rao-kupper"):
-            raise RecipeError("tie_nu must be greater than 1 (rao-kupper) or 0 (davidson)")
-        if self.label_smoothing and (ties or self.loss in ("rpo", "listwise")):
-            raise RecipeError(f"label_smoothing does nothing with loss {self.loss!r}; remove it")
-        if self.ipo_averaged and self.loss != "ipo":
-            raise RecipeError(f"ipo_averaged does nothing with loss {self.loss!r}; remove it")
-        if self.ld_alpha != 1 and self.loss in ("simpo", "listwise"):
-            raise RecipeError(f"ld_alpha is not defined for loss {self.loss!r}; remove it")
-        if self.loss == "listwise" and self.ties == "drop":
+        refuse_inert(self, DPO)
+        _check_tie_model(self)
+        if self.loss == "robust" and not 0 < self.label_smoothing <= 0.4:
             raise RecipeError(
-                "listwise reads rankings, not pairs: ties = 'drop' does nothing there"
+                "loss robust corrects for a known share of flipped labels: set label_smoothing to "
+                f"it, in (0, 0.4], not {self.label_smoothing}; at 0 it would be hard DPO (loss "
+                "sigmoid with soft_labels off)"
             )
 
     @property
@@ -378,3 +353,16 @@ class RrhfOptions(TrainOptions):
     ties: Literal["use", "drop"] = "use"
     """A completion tied with another: no term between the two (use); drop leaves out groups in
     which all are tied, which otherwise still give the SFT term."""
+
+    def __post_init__(self) -> None:
+        """Refuse what would do nothing."""
+        super().__post_init__()
+        refuse_inert(self, RRHF)
+
+
+def _check_tie_model(options: RewardOptions | DpoOptions) -> None:
+    """Refuse a tie model without ties, or with a parameter that it has no meaning for."""
+    if options.ties == "drop" and options.loss in ("rao-kupper", "davidson"):
+        raise RecipeError(f"{options.loss} models ties: ties = 'drop' would leave it none")
+    if options.tie_nu is not None and not options.tie_nu > (options.loss == "rao-kupper"):
+        raise RecipeError("tie_nu must be greater than 1 (rao-kupper) or 0 (davidson)")

@@ -9,7 +9,6 @@ Knows nothing about torch, rows or losses. Text rows for SFT are in ``train/docu
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from feedback.records import (
     content_id,
     normalise_text,
 )
-from feedback.shards import MANIFEST, folder_kind, read_rows, shard_paths
+from feedback.shards import MANIFEST, folder_kind, read_numbered, shard_paths
 from train.chat import ChatFormat, DataReport
 
 __all__ = [
@@ -36,7 +35,6 @@ __all__ = [
     "TokenIds",
     "read_groups",
     "split_by_prompt",
-    "with_ranked_pairs",
 ]
 
 Overlong = Literal["truncate", "drop", "error"]
@@ -50,6 +48,7 @@ class Pair(NamedTuple):
     """Index of the completion that is preferred with probability ``p``."""
     rejected: int
     p: float = 1.0
+    """As ``read_groups`` makes pairs: at least 1/2, and 1/2 exactly where ``tie``."""
     weight: float = 1.0
     tie: bool = False
     margin: float = 0.0
@@ -71,6 +70,9 @@ class Group:
     """One score per completion, higher is better; empty: none known."""
     ranking: tuple[tuple[int, ...], ...] = ()
     """Tied groups of completion indices, best first; empty: none known."""
+    source: str = ""
+    """What the group came from, where its prompt does not say it (a text's is its start token):
+    ``split_by_prompt`` keeps groups of one source on one side; empty: those of one prompt."""
     ref_logps: tuple[float, ...] = ()
     """Reference log-probability of each completion, once known."""
     ref_logprobs: Sequence[np.ndarray] = ()
@@ -104,6 +106,10 @@ def read_groups(
 
     All rows of one prompt make one group. A ranking group keeps scores, tied groups and compared
     pairs; a preference adds a pair. Two rankings of one prompt stay two groups.
+
+    What a label says is settled here, once for all losses: a pair's chosen side is the one that is
+    preferred (p >= 1/2, whichever way round the row has it); a tie has p = 1/2, and p = 1/2 is a
+    tie; rows of weight 0, and rankings of fewer than two, are left out.
 
     Args:
         sources: shard folders, or JSONL files; a file's first line says which rows it holds.
@@ -140,16 +146,27 @@ def _drafts(sources: Sequence[str | Path], report: DataReport) -> list[_Draft]:
     drafts: dict[str, _Draft] = {}
     ranked: list[_Draft] = []
     for source in sources:
-        kind = _kind(Path(source))
-        for row in read_rows(source, kind):
+        for path, line, row in _located_rows(Path(source)):
             report.rows += 1
-            if isinstance(row, Ranking):
-                ranked.append(_ranking_draft(row, report))
-            else:
+            try:
+                if isinstance(row, Ranking):
+                    ranked.append(_ranking_draft(row, report))
+                    continue
                 key = content_id(row.prompt)
                 draft = drafts.setdefault(key, _Draft(row.prompt_id, row.prompt))
                 _add_preference(draft, row, report)
+            except InputError as error:
+                raise InputError(str(error), path=path, line=line) from error
     return [draft for draft in [*drafts.values(), *ranked] if draft.pairs or draft.rankings]
+
+
+def _located_rows(source: Path) -> Iterator[tuple[Path, int, Preference | Ranking]]:
+    """Yield a source's rows with file and line."""
+    kind = _kind(source)
+    name = "rankings" if kind is Ranking else "preferences"
+    for path in shard_paths(source, name) if source.is_dir() else [source]:
+        for line, row in read_numbered(path, kind):
+            yield path, line, row
 
 
 def _kind(source: Path) -> type[Preference] | type[Ranking]:
@@ -191,13 +208,17 @@ def _add_preference(draft: _Draft, row: Preference, report: DataReport) -> None:
         raise InputError(f"prompt {row.prompt_id!r}: weight is {row.weight}, below 0")
     chosen = _completion_text(row.chosen, row.prompt_id)
     rejected = _completion_text(row.rejected, row.prompt_id)
+    if row.weight == 0:
+        report.weightless += 1
+        return
     if normalise_text(chosen) == normalise_text(rejected):
         report.identical += 1
         return
-    pair = Pair(
-        draft.add(chosen), draft.add(rejected), row.p_chosen, row.weight, row.tie, row.margin
-    )
-    draft.pairs.append(pair)
+    p, margin = 0.5 if row.tie else row.p_chosen, row.margin
+    if p < 0.5:
+        chosen, rejected, p, margin = rejected, chosen, 1 - p, abs(margin)
+    sides = draft.add(chosen), draft.add(rejected)
+    draft.pairs.append(Pair(*sides, p, row.weight, p == 0.5, margin))
 
 
 def _ranking_draft(row: Ranking, report: DataReport) -> _Draft:
@@ -210,6 +231,12 @@ def _ranking_draft(row: Ranking, report: DataReport) -> _Draft:
         )
     if len(set(members)) != len(members):
         raise InputError(f"prompt {row.prompt_id!r}: a completion stands twice in {row.ranking}")
+    for first, second, p in row.comparisons:
+        if not (0 <= first < count and 0 <= second < count and first != second and 0 <= p <= 1):
+            raise InputError(
+                f"prompt {row.prompt_id!r}: comparison ({first}, {second}, {p}) is not of two of "
+                f"the {count} completions, with a probability"
+            )
     draft = _Draft(row.prompt_id, row.prompt)
     places = [draft.add(text) for text in row.completions]
     if len(draft.completions) != count:
@@ -218,6 +245,9 @@ def _ranking_draft(row: Ranking, report: DataReport) -> _Draft:
     for first, second, p in row.comparisons:
         chosen, rejected, p = (first, second, p) if p >= 0.5 else (second, first, 1 - p)
         draft.pairs.append(Pair(places[chosen], places[rejected], p, 1.0, p == 0.5, 2 * p - 1))
+    if not draft.pairs and len(members) < 2:
+        report.unjudged += 1
+        return _Draft(row.prompt_id, row.prompt)
     draft.rankings.append(row)
     return draft
 
@@ -260,9 +290,24 @@ def _fit(group: Group, max_length: int, overlong: Overlong, report: DataReport) 
         prompt = prompt[-room:]
     space = max_length - len(prompt)
     report.truncated_completions += sum(len(ids) > space for ids in group.completions)
-    return dataclasses.replace(
+    cut = dataclasses.replace(
         group, prompt_ids=prompt, completions=tuple(ids[:space] for ids in group.completions)
     )
+    return _without_equal(cut, report)
+
+
+def _without_equal(group: Group, report: DataReport) -> Group | None:
+    """Return a cut group without the labels of completions that are equal now; None: none left."""
+    texts = [np.asarray(ids).tobytes() for ids in group.completions]
+    if len(set(texts)) == len(texts):
+        return group
+    kept = [pair for pair in group.pairs if texts[pair.chosen] != texts[pair.rejected]]
+    report.cut_equal += 1 if group.ranking else len(group.pairs) - len(kept)
+    if group.ranking or not kept:
+        report.unlabelled += 1
+        return None
+    members = {member for pair in kept for member in pair[:2]}
+    return _subset(dataclasses.replace(group, pairs=tuple(kept)), sorted(members))
 
 
 def _subset(group: Group, keep: Sequence[int]) -> Group | None:
@@ -331,15 +376,27 @@ def _summarise(
     report.tokens = sum(
         len(group.prompt_ids) + sum(map(len, group.completions)) for group in groups
     )
+    if report.cut_equal:
+        report.warn(
+            f"{report.cut_equal} pairs or rankings dropped: cut to max_length {max_length}, their "
+            "completions are the same; raise it"
+        )
     named = ", ".join(map(str, sources))
     if not groups:
         raise InputError(
             f"no labelled completions to train on ({report.rows} rows read, {report.identical} "
-            f"identical, {report.dropped_overlong} too long)",
+            f"identical, {report.weightless} of weight 0, {report.unjudged} with fewer than two "
+            f"judged completions, {report.dropped_overlong} too long)",
             path=named,
         )
     if report.identical:
         report.warn(f"{report.identical} rows dropped: their completions are the same text")
+    if report.weightless:
+        report.warn(f"{report.weightless} rows left out: their weight is 0")
+    if report.unjudged:
+        report.warn(
+            f"{report.unjudged} rankings left out: fewer than two of their completions are judged"
+        )
     if report.truncated_completions or report.truncated_prompts:
         report.warn(
             f"{report.truncated_completions} completions and {report.truncated_prompts} prompts "
@@ -357,46 +414,25 @@ def split_by_prompt(
 ) -> tuple[list[Group], list[Group]]:
     """Return (training, evaluation) groups; all groups of one prompt land on the same side.
 
-    Which side is decided by a hash of the prompt's tokens and the seed, so that it does not change
-    when other rows come or go.
+    Which side is decided by a hash of the prompt's tokens (or of ``source``) and the seed, so that
+    it does not change when other rows come or go.
     """
     if not share:
         return list(groups), []
     train: list[Group] = []
     held_out: list[Group] = []
-    for group in groups:
-        key = content_id(seed, [int(token) for token in group.prompt_ids], length=12)
+    origins = [group.source or [int(token) for token in group.prompt_ids] for group in groups]
+    for group, origin in zip(groups, origins, strict=True):
+        key = content_id(seed, origin, length=12)
         (held_out if int(key, 16) < share * 16**12 else train).append(group)
     if not train or not held_out:
+        if all(origin == origins[0] for origin in origins):
+            raise InputError(
+                f"eval_share {share} leaves a side empty: all {len(groups)} rows share one prompt, "
+                "so a split by prompt is impossible; give eval_data"
+            )
         raise InputError(
             f"eval_share {share} of {len(groups)} groups leaves a side empty; change it or give "
             "eval_data"
         )
     return train, held_out
-
-
-def with_ranked_pairs(groups: Sequence[Group]) -> list[Group]:
-    """Return the groups, rankings without compared pairs given the pairs that their order implies.
-
-    Each two ranked completions make a pair: p = 1 for the better one (the margin is the gap of
-    their scores, where both have one), or a tie at p = 0.5 within a tied group.
-    """
-    return [
-        group
-        if group.pairs or not group.ranking
-        else dataclasses.replace(group, pairs=tuple(_implied_pairs(group)))
-        for group in groups
-    ]
-
-
-def _implied_pairs(group: Group) -> Iterator[Pair]:
-    for place, tied in enumerate(group.ranking):
-        for number, better in enumerate(tied):
-            yield from (Pair(better, other, 0.5, 1.0, True) for other in tied[number + 1 :])
-            for worse in itertools.chain(*group.ranking[place + 1 :]):
-                yield Pair(better, worse, margin=_score_gap(group, better, worse))
-
-
-def _score_gap(group: Group, better: int, worse: int) -> float:
-    high, low = (group.scores[i] if group.scores else None for i in (better, worse))
-    return max(0.0, high - low) if high is not None and low is not None else 0.0

@@ -53,6 +53,8 @@ class _Document(NamedTuple):
     ids: np.ndarray
     counted: np.ndarray
     text: bool
+    source: str = ""
+    """What the row is split by; empty: the tokens in front of the first that carries loss."""
 
 
 def read_documents(
@@ -67,7 +69,8 @@ def read_documents(
 
     ``text`` rows carry loss everywhere and, when too long, go on in further documents; ``messages``
     rows carry it on assistant turns, ``prompt``/``completion`` rows on the completion, or with
-    ``completion_only`` False everywhere.
+    ``completion_only`` False everywhere. For a split, texts are told apart by their ids (without
+    one, by their content), other rows by their prompts.
 
     Raises:
         InputError: a row is not JSON, has none of the known fields, or nothing is left.
@@ -80,13 +83,21 @@ def read_documents(
     while batch := list(itertools.islice(rows, _BATCH)):
         for document in _tokenise(batch, chat):
             if not completion_only:
-                everywhere = np.ones(len(document.ids), dtype=bool)
-                document = document._replace(counted=everywhere)
+                document = _counted_everywhere(document)
             groups += _fit(document, max_length, overlong, report)
     for key, count in sorted(unknown.items()):
         report.warn(f"field {key!r} of {count} rows is not used{nearest(key, _KNOWN)}")
     _summarise(groups, report, sources, max_length)
     return groups, report
+
+
+def _counted_everywhere(document: _Document) -> _Document:
+    """Return the document with loss on all tokens, still split by what was its prompt."""
+    prompt = document.ids[: int(document.counted.argmax())]
+    return document._replace(
+        counted=np.ones(len(document.ids), dtype=bool),
+        source=document.source or content_id(prompt.tolist()),
+    )
 
 
 def _all_rows(
@@ -95,14 +106,26 @@ def _all_rows(
     for path in _files(sources):
         for line, row in _rows(path):
             report.rows += 1
-            for document in _documents(row):
+            try:
+                documents = list(_documents(row))
+            except InputError as error:
+                raise InputError(str(error), path=path, line=line) from error
+            for document in documents:
                 unknown.update(document.keys() - _KNOWN - _IGNORED)
                 yield _parse(document, chat, path=path, line=line)
 
 
 def _documents(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the row itself, or for a row of candidates one row per completion."""
+    """Yield the row itself, or for a row of candidates one row per completion.
+
+    Raises:
+        InputError: it is a ranking, whose last completion is as much text as its best.
+    """
     completions = row.get("completions")
+    if "ranking" in row and isinstance(completions, list):
+        raise InputError(
+            "these are rankings, which sft does not read: use rlaif rrhf, rlaif reward or rlaif dpo"
+        )
     if "prompt" not in row or not isinstance(completions, list):
         yield row
         return
@@ -128,7 +151,8 @@ def _tokenise(rows: Sequence[_Row], chat: ChatFormat) -> Iterator[_Document]:
             np.full(len(piece), part.counted) for piece, part in zip(pieces, row.parts, strict=True)
         ]
         text = row.parts[0].kind == "text"
-        yield _Document(row.name, np.concatenate(pieces), np.concatenate(counted), text)
+        ids, counts = np.concatenate(pieces), np.concatenate(counted)
+        yield _Document(row.name, ids, counts, text, row.name if text else "")
 
 
 def _files(sources: Sequence[str | Path]) -> Iterator[Path]:
@@ -161,6 +185,12 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _parse(row: dict[str, Any], chat: ChatFormat, *, path: Path, line: int) -> _Row:
     kind = next((kind for kind in _KINDS if all(key in row for key in kind)), None)
+    if kind is None and {"chosen", "rejected"} <= row.keys():
+        raise InputError(
+            "these are preferences, which sft does not read: use rlaif dpo or rlaif reward",
+            path=path,
+            line=line,
+        )
     if kind is None:
         raise InputError(
             f"has {', '.join(sorted(row)) or 'no fields'}; a row needs text, or messages, or "
@@ -240,8 +270,11 @@ def _fit(
         report.dropped_overlong += 1
         return []
     else:
-        report.truncated_completions += 1
         pieces = [_cut(document, 0, max_length)]
+        if _group(pieces[0]) is None:  # its prompt alone is too long
+            report.dropped_overlong += 1
+            return []
+        report.truncated_completions += 1
     made = [_group(piece) for piece in pieces]
     kept = [group for group in made if group is not None]
     report.unlabelled += len(made) - len(kept)
@@ -264,6 +297,7 @@ def _group(document: _Document) -> Group | None:
         prompt_ids=document.ids[:start],
         completions=(document.ids[start:],),
         loss_masks=() if mask.all() else (mask,),
+        source=document.source,
     )
 
 

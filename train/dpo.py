@@ -23,7 +23,8 @@ from feedback.errors import InputError
 from train.batches import Counts
 from train.chat import DataReport
 from train.config import DpoOptions
-from train.data import Group, with_ranked_pairs
+from train.data import Group
+from train.labels import require_small_ties, with_ranked_pairs
 from train.losses import (
     PairLogps,
     bradley_terry_loss,
@@ -97,9 +98,9 @@ class DpoObjective:
 
     def _labels(self, batch: PackedBatch) -> Tensor:
         """Return P(chosen preferred) as the options want it, (P,)."""
-        options, p = self.options, batch.pair_p
+        options, p = self.options, torch.where(batch.pair_ties, 0.5, batch.pair_p)
         if not options.soft_labels:
-            p = torch.where(batch.pair_ties, 0.5, (p >= 0.5).to(p.dtype))
+            p = (torch.sign(p - 0.5) + 1) / 2  # a coin flip stays one
         if options.label_smoothing and options.loss != "robust":
             p = p * (1 - options.label_smoothing) + (1 - p) * options.label_smoothing
         return p
@@ -117,9 +118,9 @@ class DpoObjective:
         if options.loss == "gdpo":
             return gdpo_loss(h, p_chosen=p)
         if options.loss == "robust":
-            # Without a given rate, the judge's own doubt is the chance that the label is wrong.
-            flip = options.label_smoothing or (1 - p).clamp(0, 0.5)
-            return robust_loss(h, flip=flip)
+            # rDPO knows hard labels and one flip rate: were the judge's doubt the rate, the least
+            # certain pairs would pull the most. A tie has no side, so h = 0 and no gradient.
+            return robust_loss(torch.sign(p - 0.5) * h, flip=options.label_smoothing)
         if options.loss == "rpo":
             target = options.rpo_eta * batch.pair_margins
             return rpo_loss(h, target=target, form=options.rpo_form)
@@ -141,7 +142,10 @@ class DpoObjective:
         top = detached.masked_fill(~best, -torch.inf).amax(1)
         rest = detached.masked_fill(best | ~scores.mask, -torch.inf).amax(1)
         count = float(len(sizes))
+        first = batch.ranks == 0
+        drift = (policy.logps - batch.ref_logps).detach() / batch.lengths.clamp(min=1)
         metrics: Metrics = {
+            "logps/chosen_drift": (drift[first].sum(), first.sum()),
             "rewards/best": (detached[best].sum(), float(best.sum())),
             "rewards/accuracies": ((top > rest).sum(), count),
         }
@@ -243,12 +247,15 @@ def _usable(groups: Sequence[Group], options: DpoOptions, report: DataReport) ->
                 "loss listwise reads rankings, and the data holds none; give a rankings folder, "
                 "or use loss sigmoid"
             )
+        require_small_ties(kept)
         if len(kept) < len(groups):
             report.warn(f"{len(groups) - len(kept)} groups without a ranking are left out")
         return kept
     groups = with_ranked_pairs(groups)
     if options.loss == "rpo" and not any(p.margin for group in groups for p in group.pairs):
         raise InputError("loss rpo needs margins (score gaps), and every row's margin is 0")
+    if options.loss in ("gdpo", "robust") and all(p.tie for g in groups for p in g.pairs):
+        raise InputError(f"every pair is a tie, from which loss {options.loss} learns nothing")
     if options.ties == "use":
         return list(groups)
     decided = [

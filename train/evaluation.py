@@ -7,7 +7,6 @@ samples). Judges here should have labelled nothing that the policy was trained o
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from feedback.records import Candidates, prompt_messages
 from feedback.sampling import SampleOptions
 from feedback.sampling import run as sample
 from feedback.shards import ShardWriter, read_rows, shard_paths, write_json, write_text
+from feedback.unread import engine_on
 from feedback.winrate import (
     NEW,
     OLD,
@@ -204,7 +204,7 @@ def _divergence(options: EvaluateOptions, rows: list[Candidates]) -> dict[str, A
     ]
     scored = []
     for engine in (options.policy, options.start):
-        backend: Any = open_backend(dataclasses.replace(engine, backend="transformers"))
+        backend: Any = open_backend(engine_on(engine, "transformers"))
         try:
             scored.append(list(backend.logps(samples)))
         finally:
@@ -259,7 +259,7 @@ def _gold_win_rate(scores: list[dict[str, float]], seed: int) -> Estimate:
 
 
 def _write_rows(path: Path, rows: list[Candidates], results: dict[str, list[Meeting]]) -> None:
-    """Write each meeting with its texts and what each judge says of it."""
+    """Write each meeting with its texts, what each judge says of it, and whether in both orders."""
     prompts = {row.prompt_id: row for row in rows}
     lines = []
     for found in zip(*results.values(), strict=True):
@@ -272,6 +272,9 @@ def _write_rows(path: Path, rows: list[Candidates], results: dict[str, list[Meet
                     "new": first.new.completion,
                     "start": first.old.completion,
                     "p_new": {name: entry.p for name, entry in zip(results, found, strict=True)},
+                    "consistent": {
+                        name: entry.consistent for name, entry in zip(results, found, strict=True)
+                    },
                 },
                 ensure_ascii=False,
             )
@@ -288,6 +291,8 @@ def _say(options: EvaluateOptions, evaluation: dict[str, Any], rates: dict[str, 
         )
         say(f"    where both orders agree: {rate.consistent_win_rate}")
         say(f"    at equal length: {rate.at_equal_length}")
+        say(f"    mean preference: {rate.preference}")
+        say(f"    mean preference at equal length: {rate.preference_at_equal_length}")
     for title, part in (("gold check", "gold"), ("length", "length"), ("KL to the start", "kl")):
         for name, value in (evaluation[part] or {}).items():
             if isinstance(value, dict):

@@ -2,10 +2,11 @@
 
 A reward that is optimised hard enough stops measuring what it stood for (Gao et al., arXiv
 2210.10760). Every few steps the policy writes completions for held-out prompts, always from the
-same seeds; a gold scorer that took no part in the reward scores them. A probe is worse than the
-best one when the mean difference over the prompts lies below zero by more than ``tolerance``
-standard errors; after ``patience`` worse probes in a row the run stops, and its result is the
-policy of the best probe.
+same seeds (which vLLM on a GPU does not follow); a gold scorer that took no part in the reward
+scores them. A probe is worse than the best one when the mean difference over the prompts lies below
+zero by more than ``tolerance`` standard errors; after ``patience`` worse probes in a row the run
+stops, and its result is the policy of the best probe. A probe in which the gold scorer scored fewer
+than two prompts decides nothing, and is never the best.
 """
 
 from __future__ import annotations
@@ -25,12 +26,15 @@ class Probe(NamedTuple):
 
     step: int
     gold: float
-    """Mean gold score."""
+    """Mean gold score; NaN where none is known."""
     change: float
     """Mean difference to the best probe so far, over the prompts."""
     error: float
     """Its standard error."""
-    outcome: Literal["best", "level", "worse"]
+    outcome: Literal["best", "level", "worse", "unknown"]
+    """unknown: fewer than two prompts can be compared."""
+    known: int
+    """Prompts with a gold score."""
 
 
 def prompt_means(scores: Tensor, *, completions: int) -> list[float]:
@@ -67,18 +71,20 @@ class Guard:
         """Compare a probe with the best so far; ``scores`` is one per prompt, NaN unknown."""
         known = [score for score in scores if not math.isnan(score)]
         gold = sum(known) / len(known) if known else math.nan
-        if not self.best:
+        change, error = _paired(scores, self.best or scores)
+        outcome = self._judge(change, error)
+        if outcome == "best":
             self.best_step, self.best = step, list(scores)
-            return Probe(step, gold, 0.0, 0.0, "best")
-        change, error = _paired(scores, self.best)
-        if change > 0:
-            self.best_step, self.best, self.worse = step, list(scores), 0
-            return Probe(step, gold, change, error, "best")
-        if change < -self.tolerance * error:
-            self.worse += 1
-            return Probe(step, gold, change, error, "worse")
-        self.worse = 0
-        return Probe(step, gold, change, error, "level")
+        if outcome != "unknown":  # an outage of the gold scorer says nothing of the policy
+            self.worse = self.worse + 1 if outcome == "worse" else 0
+        return Probe(step, gold, change, error, outcome, len(known))
+
+    def _judge(self, change: float, error: float) -> Literal["best", "level", "worse", "unknown"]:
+        if math.isinf(error):
+            return "unknown"
+        if change > 0 or not self.best:
+            return "best"
+        return "worse" if change < -self.tolerance * error else "level"
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs."""
@@ -91,7 +97,10 @@ class Guard:
 
 
 def _paired(scores: Sequence[float], best: Sequence[float]) -> tuple[float, float]:
-    """Return the mean difference over prompts known in both, and its standard error."""
+    """Return the mean difference over prompts known in both, and its standard error.
+
+    The error is infinite where fewer than two are.
+    """
     differences = [
         new - old
         for new, old in zip(scores, best, strict=True)

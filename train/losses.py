@@ -31,7 +31,6 @@ __all__ = [
     "gdpo_loss",
     "implicit_rewards",
     "ipo_loss",
-    "ld_token_weights",
     "length_correlation_loss",
     "nll_loss",
     "rao_kupper_log_probs",
@@ -277,23 +276,6 @@ def nll_loss(logps: Tensor, lengths: Tensor) -> Tensor:
     2404.19733.
     """
     return -logps / lengths.clamp(min=1)
-
-
-def ld_token_weights(positions: Tensor, shared_lengths: Tensor, *, alpha: float) -> Tensor:
-    """Return LD-DPO's weight of each completion token: 1 up to the shared length, then ``alpha``.
-
-    With s = sum of weight * logprob this is s_shared + alpha * s_tail, to be used for policy and
-    reference alike. Source: Liu et al., arXiv 2409.06411.
-
-    Args:
-        positions: place of each token within its completion, from 0, any shape.
-        shared_lengths: min(|y_w|, |y_l|) of the token's pair, same shape or broadcastable.
-        alpha: weight of the tail in [0, 1]; 1 is plain DPO.
-    """
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
-    shared = positions < shared_lengths
-    return torch.where(shared, 1.0, alpha)
 
 
 def centring_loss(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Losses on ranked groups: all pairs of K, Plackett-Luce with ties, RRHF. Pure functions.
+"""Losses on ranked groups: Plackett-Luce with ties, and RRHF. Pure functions.
 
 A batch of G groups is padded to the largest: scores and the like are (G, K), and ``mask`` (G, K) is
 True where a completion stands (``pad_groups`` makes both from flat tensors). What is masked out has
@@ -27,9 +27,7 @@ __all__ = [
     "RrhfLoss",
     "SftForm",
     "TieForm",
-    "all_pairs_loss",
     "pad_groups",
-    "pair_targets",
     "plackett_luce_loss",
     "rrhf_loss",
 ]
@@ -67,43 +65,6 @@ def pad_groups(flat: Tensor, counts: Tensor) -> PaddedGroups:
     mask = torch.arange(int(counts.max()), device=flat.device) < counts.unsqueeze(1)
     values = torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device)
     return PaddedGroups(values.masked_scatter(mask, flat), mask)
-
-
-def pair_targets(places: Tensor) -> Tensor:
-    """Return P(i preferred to j), (G, K, K), as the places say: 1, 0, or 1/2 for a tie."""
-    difference = places.unsqueeze(1) - places.unsqueeze(2)  # [g, i, j] = place_j - place_i
-    return (difference.sign() + 1) / 2
-
-
-def all_pairs_loss(
-    scores: Tensor, mask: Tensor, *, targets: Tensor, pair_weights: Tensor | None = None
-) -> Tensor:
-    """Return the mean soft Bradley-Terry loss over all pairs of each group, shape (G,).
-
-    ``2 / (K (K - 1)) * sum_{i<j} -[p_ij log sigma(r_i - r_j) + (1 - p_ij) log sigma(r_j - r_i)]``.
-    All pairs of a prompt in one step: taken as single rows the same completions are seen K - 1
-    times an epoch and the reward model overfits. Source: Ouyang et al., InstructGPT (arXiv
-    2203.02155), eq. 1.
-
-    Args:
-        scores: r, (G, K).
-        mask: completions that exist, (G, K).
-        targets: p_ij, (G, K, K); only i < j is read.
-        pair_weights: (G, K, K), only i < j is read; 0 leaves a pair out (one never compared, say).
-            The mean divides by the number of pairs with a weight above 0. None: all 1.
-    """
-    scores = _lift(scores)
-    valid = mask.unsqueeze(1) & mask.unsqueeze(2)
-    weights = torch.triu(valid.to(scores.dtype), diagonal=1)
-    count = weights
-    if pair_weights is not None:
-        weights = weights * pair_weights.to(scores.dtype)
-        count = (weights > 0).to(scores.dtype)
-    clean = scores.masked_fill(~mask, 0.0)
-    d = clean.unsqueeze(2) - clean.unsqueeze(1)  # [g, i, j] = r_i - r_j
-    p = torch.where(weights > 0, targets.to(scores.dtype), torch.zeros_like(weights))
-    losses = -p * F.logsigmoid(d) - (1 - p) * F.logsigmoid(-d)
-    return (weights * losses).sum(dim=(1, 2)) / count.sum(dim=(1, 2)).clamp(min=1)
 
 
 def plackett_luce_loss(

@@ -26,7 +26,7 @@ from train.commands import COMMANDS, load
 from train.model_card_results import evaluation_sections, metrics_section
 from train.training_curves import CURVES, draw_curves
 
-__all__ = ["ModelDetails", "model_card", "write_model_card"]
+__all__ = ["ModelDetails", "model_card", "write_ensemble_card", "write_model_card"]
 
 RECORD = "training.json"
 _DONE = {
@@ -114,6 +114,42 @@ def model_card(
     )
 
 
+def write_ensemble_card(folder: Path, members: Sequence[str], *, rule: str) -> Path:
+    """Write README.md of an ensemble of reward models; return it.
+
+    Args:
+        folder: of the ensemble; its report lies in it.
+        members: subfolders of finished runs; data and recipe are theirs in common.
+        rule: how their scores are combined.
+
+    Raises:
+        InputError: a member's folder holds no finished run.
+    """
+    record = _read_record(folder / members[0])
+    record["options"] |= {"rule": rule}
+    links = ", ".join(f"[{plain(name)}]({name}/README.md)" for name in members)
+    parts = [
+        f"# {plain(folder.name)}",
+        f"{code(public_model(record['options']['model']))} after {_DONE['reward']} with "
+        f"`rlaif reward`: an ensemble of {len(members)} reward models, trained from different "
+        f"seeds and combined by rule {code(rule)}. Each has a card of its own: {links}.",
+        *_data(record),
+        *_judge(_origins(record), ModelDetails()),
+        *_recipe(record),
+        *evaluation_sections(folder, record),
+        "## Loading",
+        fence(
+            "from train.reward_model import load_reward_model\n"
+            f"scores = load_reward_model({json.dumps(folder.name)}).score(prompts, completions)",
+            "python",
+        ),
+    ]
+    path = folder / "README.md"
+    text = _header(record, ModelDetails(), adapter=False) + "\n" + "\n\n".join(parts) + "\n"
+    write_text(path, text)
+    return path
+
+
 def _read_record(folder: Path) -> dict[str, Any]:
     path = folder / RECORD
     if not path.is_file():
@@ -181,10 +217,12 @@ def _data(record: Mapping[str, Any]) -> Iterator[str]:
         yield f"Reward: {_reward(options['reward'])}."
     report = record.get("data_report")
     if report:
-        yield (
-            f"{report['groups']:,} prompts, {report['completions']:,} completions, "
-            f"{report['pairs']:,} pairs ({report['ties']:,} ties)."
-        )
+        counted = [f"{report['groups']:,} prompts", f"{report['completions']:,} completions"]
+        if report.get("rankings"):
+            counted.append(f"{report['rankings']:,} rankings")
+        if report["pairs"]:
+            counted.append(f"{report['pairs']:,} pairs ({report['ties']:,} ties)")
+        yield ", ".join(counted) + "."
         if report["warnings"]:
             warned = "\n".join(f"- {plain(message)}" for message in report["warnings"])
             yield f"Warnings while reading:\n\n{warned}"

@@ -18,6 +18,7 @@ _LABELS = {
     "preference": "mean probability of the new policy",
     "consistent_win_rate": "win rate where both orders agree",
     "at_equal_length": "win rate at equal length",
+    "preference_at_equal_length": "mean probability at equal length",
 }
 
 

@@ -20,10 +20,19 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from feedback.errors import InputError
-from train.attention import NAME, attention_inputs, check_supported
+from train.adapters import load_pretrained
+from train.attention import (
+    NAME,
+    AttentionKind,
+    attention_inputs,
+    check_supported,
+    resolve_attention,
+)
 from train.config import ModelShape, TrainOptions
 from train.logprobs import TokenLogprobs, sum_per_completion, token_logprobs
+from train.model_checks import own_values, require_same_values
 from train.packing import PackedBatch
+from train.quantized import keep_as_stored, quantization
 
 __all__ = [
     "CompletionLogps",
@@ -156,8 +165,38 @@ def load_model(
     if options.quantize == "none":
         # Of several processes each has a device of its own, which accelerate chooses.
         model.to(PartialState().device if device == "cuda" else device)
-    enable_packing(model)
+    keep_as_stored(model)
+    if wanted == "scratch" or not _is_here(model):
+        enable_packing(model)
+    else:
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "autocast"):
+            _enable_checked_packing(model, kind, resolve_attention(options.attention, device))
     return model
+
+
+def _is_here(model: Any) -> bool:
+    """Return whether this process holds the weights; sharded loading fills in one process's."""
+    state = PartialState(cpu=next(model.parameters()).device.type == "cpu")
+    whole = all(weight.numel() and not weight.is_meta for weight in model.parameters())
+    return state.is_local_main_process and whole
+
+
+@torch.no_grad()
+def _enable_checked_packing(
+    model: Any, kind: Literal["causal", "reward"], kernel: AttentionKind
+) -> None:
+    check_supported(model.config)
+    training = model.training
+    model.eval()
+    expected = own_values(model, kind)
+    enable_packing(model)
+
+    def packed_values(batch: PackedBatch) -> list[Tensor]:
+        states = packed_hidden(model, batch)[batch.predictors]
+        return [states, *([packed_logprobs(model, batch).logprobs] if kind == "causal" else [])]
+
+    require_same_values(packed_values, model, kernel, expected)
+    model.train(training)
 
 
 def _from_pretrained(name: str, options: TrainOptions, kind: str, dtype: torch.dtype) -> Any:
@@ -169,31 +208,11 @@ def _from_pretrained(name: str, options: TrainOptions, kind: str, dtype: torch.d
         "trust_remote_code": options.trust_remote_code,
     }
     if options.quantize != "none":
-        arguments["quantization_config"] = _quantization(options.quantize)
+        arguments["quantization_config"] = quantization(options.quantize)
     loader = AutoModelForCausalLM if kind == "causal" else AutoModelForSequenceClassification
     if kind == "reward":
         arguments["num_labels"] = 1
-    try:
-        return loader.from_pretrained(name, **arguments)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot load model {name!r}: {error}") from error
-
-
-def _quantization(quantize: str) -> Any:
-    import importlib.util
-
-    from transformers import BitsAndBytesConfig
-
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError("quantize needs the package bitsandbytes: pip install 'rlaif[quantize]'")
-    if quantize == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
+    return load_pretrained(loader, name, **arguments)
 
 
 def _from_scratch(shape: ModelShape, tokenizer: Any, seed: int) -> Any:
@@ -219,9 +238,16 @@ def _from_scratch(shape: ModelShape, tokenizer: Any, seed: int) -> Any:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
+    with _seeded(seed):
+        return LlamaForCausalLM(config)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Draw new weights from ``seed``, and leave the process's own random state as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        yield
 
 
 def _switch_off_dropout(model: nn.Module) -> None:
@@ -255,7 +281,10 @@ def enable_packing(model: Any) -> None:
     """
     base = base_model(model)
     check_supported(base.config)
-    base.set_attn_implementation(NAME)
+    try:
+        base.set_attn_implementation(NAME)
+    except ValueError as error:
+        raise InputError(f"model type {base.config.model_type!r}: {error}") from error
     if not hasattr(type(base), "reads_packed_rows"):
         base.__class__ = _packed_class(type(base))  # type: ignore[arg-type]
 
@@ -367,7 +396,7 @@ def compile_layers(model: Any, mode: str, *, activation_budget: float = 0.9) -> 
 def add_adapters(
     model: Any, options: TrainOptions, *, modules_to_save: tuple[str, ...] = ()
 ) -> Any:
-    """Return the model with LoRA adapters, or as it is when ``lora_rank`` is 0.
+    """Return the model with LoRA adapters drawn from the seed, or as it is with ``lora_rank`` 0.
 
     Raises:
         InputError: the output embedding is among the targets, or none of the targets exist.
@@ -392,7 +421,8 @@ def add_adapters(
         task_type="CAUSAL_LM" if not modules_to_save else "SEQ_CLS",
     )
     try:
-        return get_peft_model(model, config)
+        with _seeded(options.seed):
+            return get_peft_model(model, config)
     except ValueError as error:
         raise InputError(f"lora_targets {targets}: {error}") from error
 

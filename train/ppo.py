@@ -5,7 +5,8 @@
 The loop reads top to bottom in ``train``; each of its phases is one function below it. The reward
 is a reward model, an ensemble, the judge itself (direct RLAIF) or a Python function, always by
 text. A run can be stopped anywhere and continues exactly where it was: with the same seed on the
-same machine the metrics are the same to the last bit.
+same machine the metrics are the same to the last bit, unless vLLM samples on a GPU, where no two
+runs draw the same.
 
 Sources: Schulman et al., arXiv 1707.06347; Ziegler et al., arXiv 1909.08593; Huang et al., arXiv
 2403.17031.
@@ -19,23 +20,23 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
 from feedback.errors import BackendError, RecipeError, RlaifError
-from train.advantages import gae, kl_terms, masked_whiten, shape_rewards
 from train.guard import Probe, prompt_means
 from train.optimizer import Schedule
 from train.packing import PackedBatch
 from train.ppo_config import PpoOptions
 from train.ppo_gate import reward_gates
-from train.ppo_losses import policy_loss, truncated_weights, value_loss
+from train.ppo_losses import policy_loss, value_loss
 from train.ppo_models import reference_logprobs
 from train.ppo_results import finish, finished
 from train.ppo_setup import Run, probe_seeds, prompts_of_step, seeds_of_step, set_up
+from train.ppo_shaping import Shaped, shape
 from train.ppo_state import Progress, StopRequest, minibatches
 from train.ppo_store import RunStore
 from train.results import Trained, announce
@@ -44,23 +45,6 @@ from train.rollout import Rollout, collect, recompute
 __all__ = ["Shaped", "run", "shape", "train", "update"]
 
 logger = logging.getLogger(__name__)
-
-
-class Shaped(NamedTuple):
-    """A rollout with its advantages, on the training device; (N, T) but for the scores."""
-
-    mask: Tensor
-    logprobs: Tensor
-    values: Tensor
-    advantages: Tensor
-    returns: Tensor
-    weights: Tensor
-    """Truncated importance weights between sampler and trainer."""
-    kl: Tensor
-    non_score: Tensor
-    """The KL penalty's part of the rewards."""
-    scores: Tensor
-    """(N,) what the last token was rewarded with; 0 where there is no score."""
 
 
 def run(options: PpoOptions) -> None:
@@ -84,15 +68,15 @@ def train(options: PpoOptions) -> Trained:
     done = finished(options)
     if done is not None:
         return done
-    reward_gates(options)
     started = time.perf_counter()
+    gates = reward_gates(options)
     this = set_up(options)
-    store = RunStore(this)
+    store = RunStore(this, started=started)
     progress = store.restore()
     schedule = Schedule(options.schedule, steps=options.steps, warmup=options.warmup)
     with StopRequest() as stop:
-        if this.gold is not None and not this.guard.best:
-            probe(this, store, step=0)
+        if this.gold is not None and progress.step == 0 and progress.rollout is None:
+            _probe_start(this, store)
         while progress.step < options.steps and not progress.stopped:
             began = time.perf_counter()
             if progress.rollout is None:
@@ -130,10 +114,12 @@ def train(options: PpoOptions) -> Trained:
             store.log({"step": progress.step, **metrics, **phases})
             if 0 < options.max_kl < metrics["objective/kl"]:
                 progress.stopped = f"the KL to the reference exceeds {options.max_kl} nats"
-            if this.gold is not None and progress.step % options.guard.every == 0:
+            # The last step too: only a policy that was probed can be the result.
+            last = progress.step == options.steps or bool(progress.stopped)
+            if this.gold is not None and (last or progress.step % options.guard.every == 0):
                 probe(this, store, step=progress.step)
                 if this.guard.stop:
-                    progress.stopped = "the gold score has fallen"
+                    progress.stopped = progress.stopped or "the gold score has fallen"
             if options.copy_every and progress.step % options.copy_every == 0:
                 store.copy_policy(progress.step)
             if options.save_every and progress.step % options.save_every == 0:
@@ -141,7 +127,7 @@ def train(options: PpoOptions) -> Trained:
             store.stop_if_asked(stop, progress)
     if this.guard.best_step >= 0:
         store.load_best()
-    return finish(this, progress, seconds=time.perf_counter() - started)
+    return finish(this, progress, seconds=store.seconds(), gates=gates)
 
 
 def roll_out(this: Run, step: int) -> Rollout:
@@ -200,50 +186,6 @@ def _sampler_gap(this: Run, rollout: Rollout) -> float:
     """Return the mean absolute difference between sampler's and trainer's log-probabilities."""
     gaps = (rollout.sampler_logprobs - rollout.logprobs).abs()[rollout.mask]
     return this.means({"gap": (float(gaps.sum()), float(gaps.numel()))})["gap"]
-
-
-def shape(this: Run, rollout: Rollout) -> Shaped:
-    """Turn a rollout's scores and log-probabilities into advantages and returns."""
-    options = this.options
-    scores = this.normaliser.normalise(rollout.scores)
-    if options.missing_eos_score is not None:
-        cut = torch.full_like(scores, options.missing_eos_score)
-        scores = torch.where(rollout.ended, scores, cut)
-    elif options.missing_eos_penalty is not None:
-        scores = scores - options.missing_eos_penalty * (~rollout.ended).float()
-    scores = torch.where(rollout.scores.isnan(), 0.0, scores)
-    mask = rollout.mask
-    kl = kl_terms(rollout.logprobs, rollout.ref_logprobs, mask, estimator=options.kl_estimator)
-    rewards = shape_rewards(scores, kl, mask, kl_coef=this.controller.kl_coef)
-    if options.whiten_rewards:
-        rewards = masked_whiten(rewards, mask, shift_mean=False, reduce=this.sum)
-    advantages, returns = gae(
-        rewards,
-        rollout.values,
-        mask,
-        gamma=options.gamma,
-        lam=options.lam,
-        value_lam=options.value_lam,
-    )
-    if options.whiten_advantages:
-        advantages = masked_whiten(advantages, mask, reduce=this.sum)
-    weights = torch.ones_like(advantages)
-    if options.importance_cap > 0:
-        weights = truncated_weights(
-            rollout.logprobs, rollout.sampler_logprobs, cap=options.importance_cap
-        )
-    shaped = Shaped(
-        mask=mask,
-        logprobs=rollout.logprobs,
-        values=rollout.values,
-        advantages=advantages,
-        returns=returns,
-        weights=weights,
-        kl=kl,
-        non_score=-this.controller.kl_coef * kl,
-        scores=scores,
-    )
-    return Shaped(*(tensor.to(this.accelerator.device) for tensor in shaped))
 
 
 def update(
@@ -316,13 +258,19 @@ def update(
     if not all(map(math.isfinite, found)):
         raise RlaifError(
             "the loss or a gradient is not a finite number: lower the learning rate, or look for "
-            "extreme scores (normalise_rewards, reward_clip); the last checkpoint is intact"
+            f"extreme scores (normalise_rewards, reward_clip); {_what_is_saved(options)}"
         )
     names = (
         "policy_loss", "clipfrac", "approxkl", "ratio", "value_loss", "value_clipfrac",
         "policy_norm", "value_norm",
     )  # fmt: skip
     return dict(zip(names, found, strict=True))
+
+
+def _what_is_saved(options: PpoOptions) -> str:
+    if any((options.output / "checkpoints").glob("step-*.pt")):
+        return "the last checkpoint is intact"
+    return f"no checkpoint was saved (save_every is {options.save_every})"
 
 
 def _together(this: Run, last: bool) -> Any:
@@ -386,6 +334,21 @@ def summarise(this: Run, progress: Progress, shaped: Shaped) -> dict[str, float]
             * this.options.completions_per_prompt
         ),
     }
+
+
+def _probe_start(this: Run, store: RunStore) -> None:
+    """Probe the starting policy, which all later probes are compared with.
+
+    Raises:
+        BackendError: the gold scorer scores fewer than two prompts.
+    """
+    found = probe(this, store, step=0)
+    if found.outcome == "unknown":
+        raise BackendError(
+            f"the guard's gold scorer scored {found.known} of {len(this.held_out)} prompts before "
+            "the first step, so that there is nothing to compare later probes with; is it "
+            "reachable, and does its template fit?"
+        )
 
 
 def probe(this: Run, store: RunStore, *, step: int) -> Probe:

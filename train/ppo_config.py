@@ -76,7 +76,8 @@ class GuardOptions:
     gold: RewardSource = field(default_factory=RewardSource)
     """The gold scorer; kind none: no guard."""
     every: int = 10
-    """Steps between probes."""
+    """Steps between probes; the start and the last step are always probed. The run's result is the
+    best policy among those that were probed."""
     prompts: tuple[str, ...] = ()
     """Prompt files or folders for the probes; none: prompts held out of training."""
     prompt_count: int = 64
@@ -130,7 +131,7 @@ class PpoOptions:
     """separate: a value model of its own; shared: a value head on the policy's hidden states."""
     value_model: str | None = None
     """What the separate value model starts from; None: the first reward model where its tokenizer
-    is the policy's, else the policy with a head of zeros."""
+    is the policy's, else the policy. A language model gets a new head, of zeros."""
 
     steps: int = 100
     """Rollout-and-update steps."""
@@ -145,11 +146,13 @@ class PpoOptions:
     temperature: float = 1.0
     """Sampling temperature; the same value divides the logits in every log-probability."""
     top_p: float = 1.0
-    """Nucleus of the sampler; below 1 the samples are not quite the policy's own."""
+    """Nucleus of the sampler; below 1 the samples are not quite the policy's own, and vllm's
+    log-probabilities are of the nucleus."""
     sampler: Literal["auto", "cached", "generate", "vllm"] = "auto"
     """cached: batched decoding with the policy itself; generate: the model's own generate, for
-    unusual caches; vllm: an engine beside the policy on the same GPU. auto: vllm on CUDA where it
-    is installed, else cached."""
+    unusual caches; vllm: an engine beside the policy on the same GPU, whose samples there do not
+    follow the seed: neither a resumed run nor the guard's probes draw the same again. auto: vllm on
+    CUDA where it is installed, else cached."""
     sampler_tokens: int = 0
     """Tokens that the cached sampler holds keys and values of at one time; 0: 262,144 on CUDA,
     65,536 on CPU."""
@@ -222,8 +225,8 @@ class PpoOptions:
     whiten_advantages: bool = True
     """Scale advantages to mean 0 and variance 1."""
     normalise_rewards: Literal["none", "fixed", "running"] = "none"
-    """Scores to mean 0 and deviation 1: by the first rollout's moments (the starting policy's), or
-    by all rollouts so far."""
+    """Scores to mean 0 and deviation 1: by the moments of the first rollout whose scores differ and
+    those before it (the starting policy's), or of all rollouts so far."""
     reward_clip: float = 0.0
     """Normalised scores are clipped to this magnitude; 0: not."""
     missing_eos_penalty: float | None = 1.0
@@ -312,6 +315,6 @@ class PpoOptions:
             device=self.device,
             lora_rank=self.lora_rank if lora else 0,
             lora_alpha=self.lora_alpha if lora else 0.0,
-            lora_targets=self.lora_targets,
+            lora_targets=self.lora_targets if lora else ("all-linear",),
             seed=self.seed,
         )

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from feedback.errors import InputError
 from train.chat import ChatFormat
 from train.logprobs import token_logprobs
 from train.models import (
@@ -30,7 +31,7 @@ from train.models import (
 )
 from train.packing import PackedBatch
 from train.ppo_config import PpoOptions
-from train.reward_model import ENSEMBLE
+from train.reward_model import ENSEMBLE, has_trained_head
 
 __all__ = ["Networks", "PolicyAndValue", "Scored", "load_networks", "reference_logprobs"]
 
@@ -154,6 +155,9 @@ def load_networks(options: PpoOptions) -> Networks:
         if options.gradient_checkpointing:
             base_model(model).gradient_checkpointing_enable({"use_reentrant": False})
             base_model(model).enable_input_require_grads()
+            # transformers recomputes in training mode only, which without dropout changes nothing
+            # else; the samplers decode in eval mode.
+            model.train()
     for model in filter(None, (policy, value_model, reference)):
         compile_layers(model, options.compile)
     return Networks(
@@ -166,18 +170,29 @@ def load_networks(options: PpoOptions) -> Networks:
 
 
 def _load_value_model(options: PpoOptions, tokenizer: Any) -> Any:
-    """Load the value model: what was named, the reward model, or the policy with a zero head."""
-    name = options.value_model or _matching_reward_model(options, tokenizer)
-    engine = options.engine_options(model=name, lora=False)
-    if name is not None:
-        return load_model(engine, tokenizer=tokenizer, kind="reward", name=name)
+    """Load what was named, the reward model, or the policy; a head that is new is one of zeros.
+
+    Raises:
+        InputError: what was named reads other tokens than the policy writes.
+    """
     from transformers.utils import logging as transformers_logging
 
+    name = options.value_model or _matching_reward_model(options, tokenizer)
+    engine = options.engine_options(model=name, lora=False)
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # a head that is missing is what is wanted here
-    model = load_model(engine, tokenizer=tokenizer, kind="reward")
-    transformers_logging.set_verbosity(verbosity)
-    nn.init.zeros_(base_model(model).score.weight)
+    transformers_logging.set_verbosity_error()  # that a head is missing is no mistake here
+    try:
+        model = load_model(engine, tokenizer=tokenizer, kind="reward", name=name)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    named = options.value_model
+    if named not in (None, options.model) and not _reads_tokens_of(options, named, tokenizer):
+        raise InputError(
+            f"value_model {named!r} reads the policy's tokens, but its tokenizer gives them other "
+            "ids: name a model with the policy's tokenizer"
+        )
+    if not has_trained_head(model):
+        nn.init.zeros_(base_model(model).score.weight)
     return model
 
 
@@ -189,9 +204,7 @@ def _matching_reward_model(options: PpoOptions, tokenizer: Any) -> str | None:
     index = Path(name) / ENSEMBLE
     if index.is_file():
         name = str(Path(name) / json.loads(index.read_text(encoding="utf-8"))["members"][0])
-    engine = dataclasses.replace(options.engine_options(model=name), tokenizer=None)
-    other = load_tokenizer(engine).get_vocab()
-    if all(other.get(token) == number for token, number in tokenizer.get_vocab().items()):
+    if _reads_tokens_of(options, name, tokenizer):
         return name
     logger.warning(
         "reward model %s has another tokenizer than the policy: the value model starts from the "
@@ -199,6 +212,13 @@ def _matching_reward_model(options: PpoOptions, tokenizer: Any) -> str | None:
         name,
     )
     return None
+
+
+def _reads_tokens_of(options: PpoOptions, name: str | None, tokenizer: Any) -> bool:
+    """Return whether the tokenizer of the model ``name`` gives every token the policy's id."""
+    engine = dataclasses.replace(options.engine_options(model=name), tokenizer=None)
+    other = load_tokenizer(engine).get_vocab()
+    return all(other.get(token) == number for token, number in tokenizer.get_vocab().items())
 
 
 @torch.no_grad()

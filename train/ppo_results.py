@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from feedback.shards import package_versions, write_json
 from train.model_card import write_model_card
 from train.models import base_model, resolve_model
+from train.ppo_checks import reward_models
 from train.ppo_config import PpoOptions
-from train.ppo_gate import reward_gates
 from train.ppo_setup import Run
 from train.ppo_state import Progress, run_fingerprint
 from train.results import Trained
@@ -32,8 +33,17 @@ def finished(options: PpoOptions) -> Trained | None:
     return Trained(options.output, record["figures"], f"{options.output} is complete already")
 
 
-def finish(this: Run, progress: Progress, *, seconds: float) -> Trained:
-    """Save policy and tokenizer, write the record, free the sampler; return what was reached."""
+def finish(
+    this: Run, progress: Progress, *, seconds: float, gates: Sequence[dict[str, Any]]
+) -> Trained:
+    """Save policy and tokenizer, write the record, free the sampler; return what was reached.
+
+    Args:
+        this: the run.
+        progress: how far it came.
+        seconds: that it took, all its starts together.
+        gates: what ``reward_gates`` said of the reward.
+    """
     options, folder = this.options, this.options.output
     this.sampler.close()
     this.accelerator.wait_for_everyone()
@@ -44,21 +54,23 @@ def finish(this: Run, progress: Progress, *, seconds: float) -> Trained:
         base_model(policy).config.use_cache = True
         policy.save_pretrained(folder, safe_serialization=True)
         this.networks.tokenizer.save_pretrained(folder)
-        for path in folder.glob("best-*.pt"):
-            path.unlink()
         record = {
             "command": "ppo",
-            "fingerprint": run_fingerprint(options),
+            # As it was at the start: a model that was trained again meanwhile is another one.
+            "fingerprint": json.loads((folder / "run.json").read_text(encoding="utf-8")),
             "options": json.loads(json.dumps(dataclasses.asdict(options), default=str)),
             "base_model": resolve_model(options.model),
             "reward_data": _reward_data(options),
-            "reward_gates": reward_gates(options),
+            "reward_gates": list(gates),
             "stopped": progress.stopped,
             "figures": figures,
             "versions": package_versions(),
         }
         write_model_card(folder, record)
         write_json(folder / RECORD, record)
+        # After the record: a run that is killed before it goes back to the best policy again.
+        for path in folder.glob("best-*.pt"):
+            path.unlink()
     if options.report_to:
         this.accelerator.end_training()
     return Trained(folder, figures, line)
@@ -90,7 +102,9 @@ def _figures(this: Run, progress: Progress, seconds: float) -> dict[str, Any]:
     if this.gold is not None:
         figures |= {"best_step": this.guard.best_step, "gold": _rows_gold(this)}
     figures["models_held"] = this.networks.models_held
-    figures["reward_models_held"] = len(this.options.reward.models)
+    figures["reward_models_held"] = sum(
+        len(list(reward_models(scorer))) for scorer in (this.scorer, this.gold) if scorer
+    )
     figures["prompts"] = len(this.prompts)
     figures["prompts_too_long"] = this.dropped_prompts
     return figures

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import math
 import time
 from collections import defaultdict
@@ -24,6 +25,7 @@ from train.attention import resolve_attention
 from train.guard import Guard
 from train.models import resolve_device, resolve_precision
 from train.optimizer import MasterAdamW, parameter_groups
+from train.ppo_checks import check_contexts, check_scorer, guard_doubts, warn_too_long
 from train.ppo_config import PpoOptions
 from train.ppo_models import Networks, load_networks
 from train.reward_model import Scorer
@@ -32,6 +34,8 @@ from train.rollout import PromptTokens, RowMaker, read_prompts
 from train.sampler import CachedSampler, GenerateSampler, Sampler, SamplingPlan
 
 __all__ = ["Clock", "Optimiser", "Run", "prompts_of_step", "seeds_of_step", "set_up"]
+
+logger = logging.getLogger(__name__)
 
 
 class Clock:
@@ -139,7 +143,7 @@ def set_up(options: PpoOptions) -> Run:
     """Load everything.
 
     Raises:
-        InputError: a model, prompt file or reward cannot be loaded.
+        InputError: a model, prompt file or reward cannot be loaded, or they do not fit each other.
         RecipeError: the options do not fit the number of processes.
     """
     device = resolve_device(options.device)
@@ -164,11 +168,19 @@ def set_up(options: PpoOptions) -> Run:
     prompts, dropped = read_prompts(
         options.prompts, networks.chat, max_tokens=options.max_prompt_tokens
     )
+    warn_too_long(dropped, len(prompts), options, what="prompts")
     prompts, held_out = _hold_out(options, prompts, networks)
-    references = {content_id(item.prompt): item.gold for item in [*prompts, *held_out] if item.gold}
+    met = [*prompts, *held_out]
+    check_contexts(networks, met, options)
+    references = {content_id(item.prompt): item.gold for item in met if item.gold}
+    scorer = open_reward(options.reward, device=options.device, references=references)
+    check_scorer(scorer, met, options, option="reward")
     gold = None
     if options.guard.gold.kind != "none":
         gold = open_reward(options.guard.gold, device=options.device, references=references)
+        check_scorer(gold, held_out, options, option="guard.gold")
+        for doubt in guard_doubts(options, prompts, held_out):
+            logger.warning(doubt)
     module = networks.module
     value_rate = options.value_learning_rate or options.learning_rate
     return Run(
@@ -184,7 +196,7 @@ def set_up(options: PpoOptions) -> Run:
         ),
         sampler=_open_sampler(options, networks, device, processes),
         plan=sampling_plan(options, networks, device),
-        scorer=open_reward(options.reward, device=options.device, references=references),
+        scorer=scorer,
         maker=RowMaker(
             row_tokens=_row_tokens(options, device),
             attention=resolve_attention(options.attention, device),
@@ -216,7 +228,10 @@ def _hold_out(
     if guard.gold.kind == "none":
         return prompts, []
     if guard.prompts:
-        held, _ = read_prompts(guard.prompts, networks.chat, max_tokens=options.max_prompt_tokens)
+        held, dropped = read_prompts(
+            guard.prompts, networks.chat, max_tokens=options.max_prompt_tokens
+        )
+        warn_too_long(dropped, len(held), options, what="guard.prompts")
         return prompts, held[: guard.prompt_count]
     if len(prompts) <= guard.prompt_count:
         raise RecipeError(
@@ -259,6 +274,12 @@ def _open_sampler(options: PpoOptions, networks: Networks, device: str, processe
         return CachedSampler(policy)
     if kind == "generate":
         return GenerateSampler(policy)
+    if options.top_p < 1:
+        logger.warning(
+            "vLLM gives log-probabilities within the nucleus of top_p (%g), the trainer over the "
+            "whole vocabulary: sampler/gap and the importance weights hold that difference too",
+            options.top_p,
+        )
     from train.vllm_sampler import VllmSampler
 
     return VllmSampler(

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,9 +26,11 @@ import torch
 from feedback.errors import InputError
 from feedback.records import content_id
 from feedback.sampling import prompt_source
-from feedback.shards import MANIFEST, manifest_sha256, write_json
+from feedback.shards import write_json
+from feedback.templates import load_rubric, load_template
 from train.data import Group
-from train.ppo_config import PpoOptions
+from train.identity import code_identity, file_identity, model_identity, source_identity
+from train.ppo_config import PpoOptions, RewardSource
 from train.rollout import Rollout
 
 __all__ = [
@@ -183,18 +186,33 @@ def run_fingerprint(options: PpoOptions) -> dict[str, Any]:
         name: value for name, value in dataclasses.asdict(options).items() if name not in _FREE
     }
     sources = (*options.prompts, *options.guard.prompts)
-    values["prompt_files"] = {
-        str(source): _content(prompt_source(Path(source))) for source in sources
+    values |= {
+        "prompt_files": {
+            str(source): source_identity(prompt_source(Path(source))) for source in sources
+        },
+        "policy_files": model_identity(options.model),
+        "tokenizer_files": model_identity(options.tokenizer),
+        "reference_files": model_identity(options.reference_model),
+        "value_model_files": model_identity(options.value_model),
+        "chat_template_file": options.chat_template and file_identity(options.chat_template),
+        "reward_files": _scorer_identity(options.reward),
+        "gold_files": _scorer_identity(options.guard.gold),
     }
     known: dict[str, Any] = json.loads(json.dumps(values, default=str, sort_keys=True))
     return known
 
 
-def _content(source: Path) -> str:
-    if source.is_dir() and (source / MANIFEST).is_file():
-        return manifest_sha256(source)
-    files = sorted(source.iterdir()) if source.is_dir() else [source]
-    return content_id([(file.name, file.stat().st_size) for file in files if file.is_file()])
+def _scorer_identity(source: RewardSource) -> Any:
+    if source.kind == "model":
+        return [model_identity(name) for name in source.models]
+    if source.kind == "function":
+        return code_identity(source.function)
+    if source.kind == "none":
+        return None
+    template = load_template(source.template)
+    rubric = load_rubric(source.rubric or template.rubric)
+    models = [model_identity(source.judge.model), model_identity(source.judge.lora)]
+    return [template.sha256, content_id(rubric), *models]
 
 
 def start_run(options: PpoOptions) -> dict[str, Any] | None:
@@ -206,10 +224,7 @@ def start_run(options: PpoOptions) -> dict[str, Any] | None:
     folder, path = options.output / "checkpoints", options.output / "run.json"
     fingerprint = run_fingerprint(options)
     if options.resume and path.is_file() and (state := load_checkpoint(folder)) is not None:
-        known = json.loads(path.read_text(encoding="utf-8"))
-        changed = sorted(
-            key for key in {*fingerprint, *known} if fingerprint.get(key) != known.get(key)
-        )
+        changed = _changed(fingerprint, path)
         if changed:
             raise InputError(
                 f"checkpoints of another run ({', '.join(changed)} differ); choose another output "
@@ -217,6 +232,9 @@ def start_run(options: PpoOptions) -> dict[str, Any] | None:
                 path=folder,
             )
         return state
+    if (options.output / "training.json").is_file() and path.is_file():
+        names = ", ".join(_changed(fingerprint, path)) or "resume = False"
+        sys.stderr.write(f"{options.output}: replaces a finished run ({names})\n")
     shutil.rmtree(folder, ignore_errors=True)
     for name in ("training.json", "metrics.jsonl", "guard.jsonl"):
         (options.output / name).unlink(missing_ok=True)
@@ -224,6 +242,12 @@ def start_run(options: PpoOptions) -> dict[str, Any] | None:
         best.unlink()
     write_json(path, fingerprint)
     return None
+
+
+def _changed(fingerprint: dict[str, Any], path: Path) -> list[str]:
+    """Return the names that differ from those of the run that is noted in ``path``."""
+    known = json.loads(path.read_text(encoding="utf-8"))
+    return sorted(key for key in {*fingerprint, *known} if fingerprint.get(key) != known.get(key))
 
 
 def append_metrics(path: Path, metrics: dict[str, float]) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 
+from feedback.errors import InputError
 from train.guard import Probe
 from train.ppo_setup import Run
 from train.ppo_state import (
@@ -28,15 +30,26 @@ __all__ = ["RunStore"]
 
 
 class RunStore:
-    """Saves and restores one run; the first process writes."""
+    """Saves and restores one run; the first process writes.
 
-    def __init__(self, this: Run):
+    Args:
+        this: the run.
+        started: when this start of it began, by ``time.perf_counter``; None: now.
+    """
+
+    def __init__(self, this: Run, *, started: float | None = None):
         self.this = this
+        self._started = time.perf_counter() if started is None else started
+        self._seconds_before = 0.0
         self.folder: Path = this.options.output
         self.main: bool = this.accelerator.is_main_process
 
     def restore(self) -> Progress:
-        """Return how far the run has come; load its state if it has come anywhere."""
+        """Return how far the run has come; load its state if it has come anywhere.
+
+        Raises:
+            InputError: the checkpoint is of another run, or of another number of processes.
+        """
         this = self.this
         self.folder.mkdir(parents=True, exist_ok=True)
         state = start_run(this.options) if self.main else None
@@ -47,6 +60,8 @@ class RunStore:
             this.accelerator.init_trackers("rlaif-ppo")
         if state is None:
             return Progress()
+        self._check_processes(state)
+        self._seconds_before = state["seconds"]
         this.networks.module.load_trained_state(state["weights"])
         this.policy_optimiser.inner.load_state_dict(state["policy_optimiser"])
         this.value_optimiser.inner.load_state_dict(state["value_optimiser"])
@@ -55,16 +70,28 @@ class RunStore:
         this.guard.load_state_dict(state["guard"])
         saved = dict(state["progress"])
         rollouts = saved.pop("rollouts")
-        if len(rollouts) > 1:
+        if rollouts:
             saved["rollout"] = unpack_rollout(rollouts[this.accelerator.process_index])
-        elif rollouts:
-            saved["rollout"] = unpack_rollout(rollouts[0])
         progress = Progress(**saved)
         if self.main:
             cut_metrics(self.folder / "metrics.jsonl", step=progress.step)
             # A probe of the step in progress was written before its checkpoint.
             cut_metrics(self.folder / "guard.jsonl", step=progress.step)
         return progress
+
+    def seconds(self) -> float:
+        """Return what the run has taken, up to its newest checkpoint and since this start."""
+        return self._seconds_before + time.perf_counter() - self._started
+
+    def _check_processes(self, state: dict[str, Any]) -> None:
+        """Refuse a checkpoint whose parts of a rollout belong to other processes than there are."""
+        now = self.this.accelerator.num_processes
+        if state["processes"] != now:
+            raise InputError(
+                f"the checkpoint is of a run with {state['processes']} processes, and this one has "
+                f"{now}: start as many again, or start over with --resume False",
+                path=self.folder / "checkpoints",
+            )
 
     def save(self, progress: Progress) -> None:
         """Write a checkpoint."""
@@ -80,6 +107,8 @@ class RunStore:
             "controller": this.controller.state_dict(),
             "normaliser": this.normaliser.state_dict(),
             "guard": this.guard.state_dict(),
+            "processes": this.accelerator.num_processes,
+            "seconds": self.seconds(),
             "progress": {
                 "step": progress.step,
                 "updates": progress.updates,
@@ -125,8 +154,10 @@ class RunStore:
         if not self.main:
             return
         append_metrics(self.folder / "guard.jsonl", {**found._asdict(), **means})
+        asked = len(self.this.held_out)
+        missing = "" if found.known == asked else f", {asked - found.known} of {asked} not scored"
         sys.stderr.write(
-            f"probe at step {found.step}: gold {found.gold:.3f} ({found.outcome}), "
+            f"probe at step {found.step}: gold {found.gold:.3f} ({found.outcome}{missing}), "
             f"reward {means['reward']:.3f}, KL {means['kl']:.2f}\n"
         )
 

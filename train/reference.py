@@ -23,7 +23,8 @@ import torch
 from train.attention import with_layout
 from train.batches import Packing
 from train.data import Group
-from train.models import backbone, packed_logprobs, without_adapters
+from train.model_checks import require_context
+from train.models import backbone, base_model, packed_logprobs, without_adapters
 from train.packing import group_tokens, pack_groups, pack_rows
 
 __all__ = ["ReferenceCache", "attach_reference", "completion_key", "weights_hash"]
@@ -32,10 +33,16 @@ logger = logging.getLogger(__name__)
 
 
 def weights_hash(model: Any) -> str:
-    """Return the sha256 of all weights, names and types included; adapters are left out."""
+    """Return the sha256 of all weights, names and types included.
+
+    Adapters that ``without_adapters`` switches off are left out: they do not make the reference.
+    """
+    from peft import PeftModel
+
+    removable = isinstance(model, PeftModel)
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
-        if "lora_" in name:
+        if removable and "lora_" in name:
             continue
         # The same weight has another name inside PEFT's wrappers.
         plain = name.replace("base_model.model.", "").replace(".base_layer", "")
@@ -115,9 +122,13 @@ def attach_reference(
         packing: how to pack rows.
         folder: of the cache.
         chunk: as for ``token_logprobs``.
+
+    Raises:
+        InputError: a group is longer than the model's context.
     """
     if not groups:
         return []
+    require_context(base_model(model).config, groups)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     cache = ReferenceCache(folder, f"{weights_hash(model)[:32]}-{dtype}")
     keys = [[completion_key(g, index) for index in range(len(g.completions))] for g in groups]

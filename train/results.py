@@ -8,6 +8,7 @@ figures; written last, so its presence means that the run is complete), ``loss.j
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -23,21 +24,30 @@ from feedback.errors import InputError
 from feedback.records import content_id
 from feedback.shards import (
     MANIFEST,
-    manifest_sha256,
     package_versions,
     read_manifest,
     write_json,
 )
+from train.adapters import adapter_config, apply_adapter
 from train.chat import DataReport
-from train.config import TrainOptions
+from train.config import RewardOptions, TrainOptions
 from train.data import Group
+from train.identity import file_identity, model_identity, source_identity
 from train.model_card import write_model_card
-from train.models import resolve_device, resolve_model
+from train.model_checks import require_context
+from train.models import (
+    base_model,
+    load_model,
+    resolve_device,
+    resolve_model,
+    resolve_precision,
+)
 from train.trainer import Objective, PackedTrainer, newest_checkpoint
 
 __all__ = ["Trained", "announce", "conclude", "finished", "fit"]
 
-# Options that change where or how fast a run goes, not what it computes.
+# Options that change where or how fast a run goes, not what it computes; and how an ensemble's
+# scores are combined, which no member's training knows of.
 _FREE = {
     "output",
     "resume",
@@ -46,6 +56,8 @@ _FREE = {
     "report_to",
     "workers",
     "peak_tflops",
+    "rule",
+    "uwo_lambda",
 }
 RECORD = "training.json"
 
@@ -87,10 +99,12 @@ def fit(
         callbacks: transformers callbacks of the algorithm.
 
     Raises:
-        InputError: the folder holds a checkpoint of another run.
+        InputError: the folder holds a checkpoint of another run, or a group is longer than the
+            model's context.
     """
     started = time.perf_counter()
     output = options.output
+    require_context(base_model(model).config, [*groups, *eval_groups])
     output.mkdir(parents=True, exist_ok=True)
     state = PartialState(cpu=resolve_device(options.device) == "cpu")
     with state.main_process_first():
@@ -147,7 +161,7 @@ def conclude(
         **figures,
         "seconds": seconds,
     }
-    _save(trainer, options.output)
+    _save(trainer, options)
     if trainer.is_world_process_zero():
         _record(options, command, figures, report, extra or {})
     return Trained(options.output, figures, _line(command, figures, options.output))
@@ -177,15 +191,15 @@ def _fingerprint(options: TrainOptions, command: str) -> str:
 
 def _identity(options: TrainOptions) -> dict[str, Any]:
     values = {k: v for k, v in dataclasses.asdict(options).items() if k not in _FREE}
-    values["data_identity"] = [_source_identity(Path(source)) for source in options.data]
+    values["data_identity"] = [source_identity(Path(source)) for source in options.data]
+    values["eval_data_identity"] = [source_identity(Path(source)) for source in options.eval_data]
+    values["weights_identity"] = model_identity(options.model)
+    values["tokenizer_identity"] = model_identity(options.tokenizer)
+    values["chat_template_identity"] = (
+        options.chat_template and file_identity(options.chat_template)
+    )  # fmt: skip
+    values["reference_identity"] = model_identity(values.get("reference_model"))
     return json.loads(json.dumps(values, default=str, sort_keys=True))
-
-
-def _source_identity(source: Path) -> str:
-    if source.is_dir() and (source / MANIFEST).is_file():
-        return manifest_sha256(source)
-    files = sorted(source.iterdir()) if source.is_dir() else [source]
-    return content_id([(file.name, file.stat().st_size) for file in files if file.is_file()])
 
 
 def _checkpoint(options: TrainOptions, command: str, *, write: bool) -> Path | None:
@@ -217,11 +231,12 @@ def _checkpoint(options: TrainOptions, command: str, *, write: bool) -> Path | N
     return None
 
 
-def _save(trainer: Any, output: Path) -> None:
+def _save(trainer: Any, options: TrainOptions) -> None:
     """Write model and tokenizer beside the folder first, then move the files in.
 
     Every process takes part: sharded weights (FSDP, DeepSpeed) are gathered from all of them.
     """
+    output = options.output
     temporary = output / ".saving"
     if trainer.is_world_process_zero():
         shutil.rmtree(temporary, ignore_errors=True)
@@ -230,12 +245,35 @@ def _save(trainer: Any, output: Path) -> None:
     trainer.accelerator.wait_for_everyone()
     if not trainer.is_world_process_zero():
         return
-    for stale in output.glob("model*.safetensors*"):
+    # Reward models are merged by their own command: their head is another.
+    if _adapters_on_an_adapter(options) and not isinstance(options, RewardOptions):
+        _make_whole(options, temporary)
+    for stale in itertools.chain(output.glob("model*.safetensors*"), output.glob("adapter_*")):
         stale.unlink()
     for path in temporary.iterdir():
         if path.name != "training_args.bin":
             os.replace(path, output / path.name)
     shutil.rmtree(temporary)
+
+
+def _adapters_on_an_adapter(options: TrainOptions) -> bool:
+    if not options.lora_rank or options.model == "scratch":
+        return False
+    return adapter_config(resolve_model(options.model), revision=options.revision) is not None
+
+
+def _make_whole(options: TrainOptions, folder: Path) -> None:
+    """Replace the adapters in ``folder`` by the model that they make of their start.
+
+    Their start is an adapter merged into its base, which exists in memory only: adapters of it
+    would be read as adapters of something else.
+    """
+    precision = resolve_precision(options.precision, resolve_device(options.device))
+    exact: Any = "bfloat16" if precision == "bfloat16" else "float32"
+    start = load_model(dataclasses.replace(options, device="cpu", precision=exact), tokenizer=None)
+    apply_adapter(start, folder).save_pretrained(folder)
+    for stale in folder.glob("adapter_*"):
+        stale.unlink()
 
 
 def _record(
@@ -262,7 +300,7 @@ def _record(
 
 
 def _source_record(source: Path) -> dict[str, Any]:
-    record: dict[str, Any] = {"source": str(source), "identity": _source_identity(source)}
+    record: dict[str, Any] = {"source": str(source), "identity": source_identity(source)}
     if source.is_dir() and (source / MANIFEST).is_file():
         manifest = read_manifest(source)
         record["rows"] = manifest["rows"]

@@ -4,8 +4,8 @@
 
 with c_ij = w_ij / (pairs of the prompt), so that a prompt with K completions counts once and all of
 its pairs are in one step (InstructGPT), and W their sum. The tie models and Plackett-Luce replace
-the bracket; see ``losses.py`` and ``losses_listwise.py``. A completion's reward is read at its last
-token by place.
+the bracket (a ranking counts by the mean weight of its pairs); see ``losses.py`` and
+``losses_listwise.py``. A completion's reward is read at its last token by place.
 
 The run ends with a report (``report.json``, ``reliability.svg``) on held-out prompts: accuracy by
 margin and by judge confidence, calibration, what length explains, and whether scores depend on
@@ -24,12 +24,19 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
+from feedback.errors import RecipeError
 from feedback.shards import write_json
-from train.batches import Counts
+from train.batches import Counts, StepDataset
 from train.chat import DataReport
 from train.config import RewardOptions
-from train.data import Group, with_ranked_pairs
-from train.labels import label_pairs, ranked_from_labels
+from train.data import Group
+from train.labels import (
+    label_pairs,
+    mean_weight,
+    ranked_from_labels,
+    require_small_ties,
+    with_ranked_pairs,
+)
 from train.losses import (
     bradley_terry_loss,
     centring_loss,
@@ -41,18 +48,25 @@ from train.losses import (
     weighted_mean,
 )
 from train.losses_listwise import pad_groups, plackett_luce_loss
-from train.model_card import write_model_card
+from train.model_card import write_ensemble_card, write_model_card
 from train.models import add_adapters, load_model, load_tokenizer, packed_rewards
 from train.packing import PackedBatch
 from train.results import Trained, announce, finished, fit
 from train.reward_evaluation import evaluate_reward_models
-from train.reward_model import RewardModel, merge_adapters, save_ensemble, start_reward_model
-from train.trainer import Metrics, StepLoss
+from train.reward_model import (
+    ENSEMBLE,
+    RewardModel,
+    merge_adapters,
+    save_ensemble,
+    start_reward_model,
+)
+from train.trainer import Metrics, StepLoss, packing_of
 from train.training_data import read_training_data
 
 __all__ = ["RewardObjective", "run"]
 
 REPORT = "report.json"
+_COMPARED = 32  # prompts on which a merged model is compared with the trained one
 
 
 class RewardObjective:
@@ -66,7 +80,7 @@ class RewardObjective:
     def counts(self, groups: Sequence[Group]) -> Counts:
         """Return W: the sum of all coefficients."""
         if self.options.loss == "plackett-luce":
-            return {"weight": float(sum(bool(group.ranking) for group in groups))}
+            return {"weight": sum(mean_weight(group) for group in groups if group.ranking)}
         return {"weight": sum(_coefficients(group, self.options.average) for group in groups)}
 
     def loss(self, model: Any, batch: PackedBatch, counts: Mapping[str, float]) -> StepLoss:
@@ -82,7 +96,7 @@ class RewardObjective:
         options = self.options
         chosen, rejected = rewards[batch.pairs].unbind(1)
         d = chosen - rejected
-        weights = self._pair_coefficients(batch)
+        weights = _pair_coefficients(batch, self.options.average)
         if options.loss == "bradley-terry":
             margin = options.margin_scale * batch.pair_margins if options.margin_scale else None
             losses = bradley_terry_loss(d, p_chosen=batch.pair_p, margin=margin)
@@ -100,13 +114,6 @@ class RewardObjective:
             loss = loss + options.length_decorrelation * correlation * weights.sum() / total
         return loss
 
-    def _pair_coefficients(self, batch: PackedBatch) -> Tensor:
-        if self.options.average == "pair":
-            return batch.pair_weights
-        group = batch.completion_groups[batch.pairs[:, 0]]
-        size = torch.bincount(group[batch.pair_weights > 0], minlength=len(batch.groups))
-        return batch.pair_weights / size[group].clamp(min=1)
-
     def _listwise(self, rewards: Tensor, batch: PackedBatch, total: float) -> Tensor:
         counts = torch.bincount(batch.completion_groups, minlength=len(batch.groups))
         scores, mask = pad_groups(rewards, counts)
@@ -116,13 +123,26 @@ class RewardObjective:
         if self.options.centring:
             mean = (scores * mask).sum(1) / mask.sum(1).clamp(min=1)
             losses = losses + self.options.centring * centring_loss(mean, mean)
-        return weighted_mean(losses, mask.any(1), total=total)
+        group = batch.completion_groups[batch.pairs[:, 0]]
+        weights = torch.zeros_like(losses).index_add(
+            0, group, _pair_coefficients(batch, "prompt").to(losses.dtype)
+        )
+        return weighted_mean(losses, weights * mask.any(1), total=total)
 
 
 def _coefficients(group: Group, average: str) -> float:
-    weights = [pair.weight for pair in group.pairs if pair.weight > 0]
-    total = float(sum(weights))
-    return total / len(weights) if average == "prompt" and weights else total
+    if average == "prompt":
+        return mean_weight(group)
+    return float(sum(pair.weight for pair in group.pairs))
+
+
+def _pair_coefficients(batch: PackedBatch, average: str) -> Tensor:
+    """Return each pair's coefficient, (P,); a group's sum to ``_coefficients``."""
+    if average == "pair":
+        return batch.pair_weights
+    group = batch.completion_groups[batch.pairs[:, 0]]
+    size = torch.bincount(group[batch.pair_weights > 0], minlength=len(batch.groups))
+    return batch.pair_weights / size[group].clamp(min=1)
 
 
 def _metrics(rewards: Tensor, batch: PackedBatch) -> Metrics:
@@ -144,8 +164,9 @@ def _with_pairs(groups: list[Group], options: RewardOptions, report: DataReport)
     groups = with_ranked_pairs(groups)
     if options.loss == "plackett-luce":
         groups = ranked_from_labels(groups)
+        require_small_ties(groups, options.listwise_ties)
         soft = sum(pair.p not in (0.0, 0.5, 1.0) for group in groups for pair in group.pairs)
-        if soft and options.soft_labels:
+        if soft:
             report.warn(
                 f"plackett-luce reads the order only: {soft} probabilities are not used; loss "
                 "'bradley-terry' uses them"
@@ -175,16 +196,39 @@ def run(options: RewardOptions) -> None:
     if not PartialState().is_main_process:
         return  # one process writes what follows
     if options.members > 1:
-        names = [folder.name for folder in folders]
-        save_ensemble(options.output, names, rule=options.rule, uwo_lambda=options.uwo_lambda)
+        _combine(options, [folder.name for folder in folders])
     if not (options.resume and (options.output / REPORT).is_file()):
         _report(options, folders, groups, held_out)
+
+
+def _combine(options: RewardOptions, members: Sequence[str]) -> None:
+    """Say in the output folder how the members are combined; a report by another rule goes."""
+    index = options.output / ENSEMBLE
+    before = index.read_bytes() if index.is_file() else None
+    save_ensemble(options.output, members, rule=options.rule, uwo_lambda=options.uwo_lambda)
+    if index.read_bytes() != before:
+        (options.output / REPORT).unlink(missing_ok=True)
 
 
 def _folders(options: RewardOptions) -> list[Path]:
     if options.members == 1:
         return [options.output]
     return [options.output / f"member-{number}" for number in range(options.members)]
+
+
+def _check_decorrelation(options: RewardOptions, groups: Sequence[Group]) -> None:
+    """Refuse length_decorrelation over rows of one pair: their correlation is 1 at any rewards.
+
+    Raises:
+        RecipeError: no packed row holds two pairs.
+    """
+    plan = StepDataset(groups, packing_of(options), lambda groups: {}).plan(0)
+    most = max(sum(len(groups[i].pairs) for i in row) for step in plan for row in step.rows)
+    if most < 2:
+        raise RecipeError(
+            "length_decorrelation does nothing: it compares the pairs of a packed row, and each "
+            "row holds one; raise row_tokens or batch_size, keep pack on, or leave it at 0.0"
+        )
 
 
 def _train_member(
@@ -208,6 +252,9 @@ def _train_member(
         "ties": options.ties,
         "label_smoothing": options.label_smoothing,
     }
+    labelled = label_pairs(groups, report, **labels)
+    if options.length_decorrelation:
+        _check_decorrelation(options, labelled)
     model = add_adapters(model, options, modules_to_save=("score",))
     trained = fit(
         options,
@@ -215,12 +262,12 @@ def _train_member(
         model=model,
         tokenizer=tokenizer,
         objective=RewardObjective(options),
-        groups=label_pairs(groups, report, **labels),
+        groups=labelled,
         eval_groups=label_pairs(held_out, DataReport(), **labels) if held_out else (),
         report=report,
     )
     if options.lora_rank and PartialState().is_main_process:
-        merge_adapters(model, tokenizer, options.output)
+        merge_adapters(model, tokenizer, options, groups=groups[:_COMPARED])
     return trained
 
 
@@ -246,6 +293,9 @@ def _report(
     write_json(options.output / REPORT, figures)
     if options.members == 1:
         write_model_card(options.output)
+    else:
+        names = [folder.name for folder in folders]
+        write_ensemble_card(options.output, names, rule=options.rule)
     accuracy = figures["accuracy"]
     if accuracy["value"] is not None:
         interval = f"[{accuracy['low']:.3f}, {accuracy['high']:.3f}]"

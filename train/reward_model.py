@@ -17,14 +17,23 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from feedback.errors import InputError
+from feedback.errors import InputError, RlaifError
 from feedback.records import PromptText, content_id
 from feedback.shards import write_json
+from train.adapters import apply_adapter
 from train.attention import resolve_attention, with_layout
 from train.chat import ChatFormat
 from train.config import TrainOptions
 from train.data import Group
-from train.models import backbone, base_model, load_model, load_tokenizer, packed_rewards
+from train.models import (
+    backbone,
+    base_model,
+    load_model,
+    load_tokenizer,
+    packed_rewards,
+    resolve_device,
+    resolve_precision,
+)
 from train.packing import group_tokens, pack_groups, pack_rows
 
 __all__ = [
@@ -158,9 +167,10 @@ class RewardModel:
         for group in groups:
             longest = len(group.prompt_ids) + max(map(len, group.completions))
             if limit and longest > limit:
+                words = self.chat.tokenizer.decode(group.prompt_ids, skip_special_tokens=True)
                 raise InputError(
-                    f"prompt {group.prompt_id!r} with a completion has {longest} tokens, the "
-                    f"reward model's context {limit}: shorten it or use a model with more"
+                    f"the prompt {words[-40:].strip()!r} with a completion has {longest} tokens, "
+                    f"the reward model's context {limit}: shorten it or use a model with more"
                 )
         rewards: list[Tensor] = [torch.empty(0)] * len(groups)
         sizes = [group_tokens(group) for group in groups]
@@ -248,12 +258,60 @@ def combine_rewards(rewards: Tensor, *, rule: Rule = "mean", uwo_lambda: float =
     return rewards.mean(dim=0)
 
 
-def merge_adapters(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Replace the adapters saved in ``folder`` by the whole model, which every tool loads."""
-    merged = model.merge_and_unload()
-    RewardModel(merged, tokenizer).save(folder)
+def merge_adapters(
+    model: Any, tokenizer: Any, options: TrainOptions, *, groups: Sequence[Group]
+) -> None:
+    """Replace the adapters saved in the output folder by the whole model, which every tool loads.
+
+    Args:
+        model: trained, with its adapters.
+        tokenizer: of the model.
+        options: of the run.
+        groups: some to compare scores on, where the weights under the adapters are quantised.
+
+    Raises:
+        RlaifError: the merged model scores otherwise than the trained one; the adapters stay.
+    """
+    folder = options.output
+    if options.quantize == "none":
+        merged = RewardModel(model.merge_and_unload(), tokenizer)
+    else:
+        # Merged in place the weights would be rounded to 4 or 8 bits once more, and the adapters
+        # away with it.
+        merged = RewardModel(_dequantised(options, tokenizer), tokenizer)
+        model.eval()
+        _require_same_scores(RewardModel(model, tokenizer), merged, groups, folder)
+    merged.save(folder)
     for stale in folder.glob("adapter_*"):
         stale.unlink()
+
+
+def _dequantised(options: TrainOptions, tokenizer: Any) -> Any:
+    """Return the trained model on the values that the quantised weights stand for.
+
+    Not on the original ones: the adapters have learnt around the rounding.
+    """
+    model = load_model(options, tokenizer=tokenizer, kind="reward")
+    start_reward_model(model, tokenizer, seed=options.seed)
+    precision = resolve_precision(options.precision, resolve_device(options.device))
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    model = apply_adapter(model.dequantize(dtype), options.output)
+    model.eval()
+    return model
+
+
+def _require_same_scores(
+    trained: RewardModel, merged: RewardModel, groups: Sequence[Group], folder: Path
+) -> None:
+    expected, found = (torch.cat(one.score_groups(groups)) for one in (trained, merged))
+    difference = float((found - expected).square().mean().sqrt())
+    spread = float(expected.std(correction=0))
+    if not difference <= 0.1 * max(1.0, spread):
+        raise RlaifError(
+            f"{folder}: the merged reward model's scores differ from the trained one's by "
+            f"{difference:.3g} in the mean (their spread is {spread:.3g}); what was trained is in "
+            "the adapters there, and goes on the quantised model"
+        )
 
 
 def save_ensemble(folder: Path, members: Sequence[str], *, rule: Rule, uwo_lambda: float) -> None:

@@ -9,8 +9,10 @@ verdict is NaN, never a middle score.
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,13 +24,21 @@ from feedback.errors import InputError, RecipeError
 from feedback.judge import Judge, Question
 from feedback.ordering import merge_orders
 from feedback.parsing import scale_values
-from feedback.records import PromptText, Verdict, content_id
+from feedback.records import PromptText, Verdict, content_id, prompt_messages
 from feedback.templates import load_rubric, load_template
 from train.ppo_config import RewardSource
 
-__all__ = ["JudgeReward", "open_judge_reward"]
+__all__ = ["JudgeReward", "excerpt", "open_judge_reward"]
 
 _ANSWER, _REFERENCE = "completion", "reference"
+_KEEP_EVERY_S = 5.0
+_EXCERPT = 40
+
+
+def excerpt(prompt: PromptText) -> str:
+    """Return the first words of what a prompt asks, quoted, by which its author knows it."""
+    text = " ".join(prompt_messages(prompt)[-1]["content"].split())
+    return repr(text if len(text) <= _EXCERPT else text[:_EXCERPT].rstrip() + "…")
 
 
 def open_judge_reward(source: RewardSource, *, references: Mapping[str, str]) -> JudgeReward:
@@ -57,8 +67,7 @@ def open_judge_reward(source: RewardSource, *, references: Mapping[str, str]) ->
     )
     if judge.reads_choices:
         backend.prepare(template.choices)
-    cache = ReplyCache(source.cache, backend.identity) if source.cache is not None else None
-    return JudgeReward(judge, backend, references=references, cache=cache)
+    return JudgeReward(judge, backend, references=references, cache=source.cache)
 
 
 class JudgeReward:
@@ -68,7 +77,11 @@ class JudgeReward:
         judge: with a rating or pairwise template.
         backend: the engine that answers its calls.
         references: known-good answers by ``content_id`` of the prompt (pairwise templates).
-        cache: replies of earlier runs; None: none are kept.
+        cache: file of replies of earlier runs; None: none are kept. It is open only while it is
+            read or written, so that several processes share it and a kill loses seconds of replies.
+
+    Raises:
+        InputError: the file is not a cache of ours.
     """
 
     def __init__(
@@ -77,15 +90,22 @@ class JudgeReward:
         backend: Backend,
         *,
         references: Mapping[str, str] | None = None,
-        cache: ReplyCache | None = None,
+        cache: Path | None = None,
     ):
         self.judge = judge
         self.backend = backend
         self.cache = cache
+        self._cached([])  # a file that is no cache is an error before the first call is paid for
         self.references = dict(references or {})
         self.outcomes: Counter[str] = Counter()
         """How the calls so far ended."""
         self._known: dict[str, float] = {}
+
+    @property
+    def needs_gold(self) -> bool:
+        """Whether every prompt must have a known-good answer."""
+        template = self.judge.template
+        return template.kind == "pairwise" or "{gold}" in template.user + template.system
 
     def score(
         self,
@@ -93,19 +113,30 @@ class JudgeReward:
         completions: Sequence[str],
         *,
         ended: Sequence[bool] | None = None,
+        references: Sequence[str] | None = None,
     ) -> Tensor:
         """Return one reward per completion, (N,) float32 on the CPU; NaN without a verdict.
 
-        A completion that was scored before is not asked about again.
+        A completion that was scored before, with the same known-good answer, is not asked about
+        again.
+
+        Args:
+            prompts: texts or chat messages, one per completion.
+            completions: texts.
+            ended: not read.
+            references: known-good answers, one per completion; None: each prompt's own.
 
         Raises:
             InputError: pairwise, and a prompt has no known-good answer.
         """
-        keys = [content_id(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
-        new = {key: place for place, key in enumerate(keys) if key not in self._known}
-        questions = {
-            key: self._questions(prompts[place], completions[place]) for key, place in new.items()
-        }
+        if references is None:
+            golds = [self.references.get(content_id(prompt)) for prompt in prompts]
+        else:
+            golds = list(references)
+        rows = list(zip(prompts, completions, golds, strict=True))
+        keys = [content_id(*row) for row in rows]
+        new = {key: row for key, row in zip(keys, rows, strict=True) if key not in self._known}
+        questions = {key: self._questions(*row) for key, row in new.items()}
         verdicts = self._ask([question for group in questions.values() for question in group])
         scores = dict(self._known)
         for key, group in questions.items():
@@ -115,7 +146,7 @@ class JudgeReward:
                 self._known[key] = scores[key]
         return torch.tensor([scores[key] for key in keys])
 
-    def _questions(self, prompt: PromptText, completion: str) -> list[Question]:
+    def _questions(self, prompt: PromptText, completion: str, gold: str | None) -> list[Question]:
         prompt_id = content_id(prompt)
         if self.judge.template.kind == "rating":
             return [
@@ -124,15 +155,15 @@ class JudgeReward:
                     prompt=prompt,
                     shown=(_ANSWER,),
                     completions=(completion,),
-                    gold=self.references.get(prompt_id),
+                    gold=gold,
                 )
             ]
-        if prompt_id not in self.references:
+        if gold is None:
             raise InputError(
-                f"prompt {prompt_id!r} has no gold answer to compare a completion with; add 'gold' "
-                "to it, or use a rating template"
+                f"prompt {excerpt(prompt)} has no gold answer to compare a completion with; add "
+                "'gold' to it, or use a rating template"
             )
-        texts = {_ANSWER: completion, _REFERENCE: self.references[prompt_id]}
+        texts = {_ANSWER: completion, _REFERENCE: gold}
         return [
             Question(
                 prompt_id=prompt_id,
@@ -146,21 +177,41 @@ class JudgeReward:
     def _ask(self, questions: Sequence[Question]) -> dict[str, Verdict]:
         """Return the verdict on each question, by its id."""
         asked = {call.call.call_id: call for call in map(self.judge.ask, questions)}
-        replies = {key: reply for key, item in asked.items() if (reply := self._cached(item.call))}
+        replies = self._cached([item.call for item in asked.values()])
         verdicts = {
             key: self.judge.read(asked[key], reply, cached=True) for key, reply in replies.items()
         }
         missing = [item.call for key, item in asked.items() if key not in replies]
-        for reply in self.backend.judge(missing) if missing else ():
-            item = asked[reply.call_id]
-            if self.cache is not None:
-                self.cache.put(item.call, reply)
-            verdicts[reply.call_id] = self.judge.read(item, reply)
+        unkept: list[tuple[JudgeCall, JudgeReply]] = []
+        kept = time.monotonic()
+        try:
+            for reply in self.backend.judge(missing) if missing else ():
+                item = asked[reply.call_id]
+                unkept.append((item.call, reply))
+                verdicts[reply.call_id] = self.judge.read(item, reply)
+                if time.monotonic() - kept > _KEEP_EVERY_S:
+                    self._keep(unkept)
+                    kept = time.monotonic()
+        finally:
+            self._keep(unkept)
         self.outcomes.update(verdict.outcome for verdict in verdicts.values())
         return verdicts
 
-    def _cached(self, call: JudgeCall) -> JudgeReply | None:
-        return None if self.cache is None else self.cache.get(call)
+    def _cached(self, calls: Sequence[JudgeCall]) -> dict[str, JudgeReply]:
+        """Return the replies that the cache has, by call id."""
+        if self.cache is None:
+            return {}
+        with ReplyCache(self.cache, self.judge.identity) as cache:
+            found = {call.call_id: cache.get(call) for call in calls}
+        return {key: reply for key, reply in found.items() if reply is not None}
+
+    def _keep(self, replies: list[tuple[JudgeCall, JudgeReply]]) -> None:
+        """Put replies into the cache, and empty the list."""
+        if self.cache is not None and replies:
+            with ReplyCache(self.cache, self.judge.identity) as cache:
+                for call, reply in replies:
+                    cache.put(call, reply)
+        replies.clear()
 
     def _score(self, verdicts: Sequence[Verdict]) -> float:
         if not verdicts:

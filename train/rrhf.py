@@ -4,13 +4,13 @@
     L   = rank_weight * sum over (i worse than j) of c_ij * max(0, p_i - p_j)  -  s(y_best)
 
 per prompt, averaged over prompts; any number of completions each, any batch size. Tied completions
-give no term. c_ij is the pair's weight: 1 in a ranking; in preferences the row's weight, and 0 for
-two completions that the judge never compared. Only one model is in memory: no reference, no reward
-model, no value head.
+give no term. c_ij is the pair's weight: 1 in a ranking; in preferences the mean weight of the rows
+that compare the two, and 0 for two completions that the judge never compared. Only one model is in
+memory: no reference, no reward model, no value head.
 
 Candidates may come from sampling, from data, or both: every shard given in ``data`` is read, and
 what was judged together makes one group. ``iterate`` trains in rounds, each on candidates that a
-caller samples from the policy of the round before.
+caller samples from the policy of the round before (docs/rounds.md).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from train.batches import Counts
 from train.chat import DataReport
 from train.config import RrhfOptions
 from train.data import Group, Pair
-from train.labels import ranked_from_labels
+from train.labels import mean_weight, ranked_from_labels
 from train.losses import weighted_mean
 from train.losses_listwise import pad_groups, rrhf_loss
 from train.models import add_adapters, completion_logps, load_model, load_tokenizer
@@ -51,7 +51,7 @@ class RrhfObjective:
 
     def counts(self, groups: Sequence[Group]) -> Counts:
         """Return the sum of the groups' weights."""
-        return {"weight": sum(_group_weight(group) for group in groups)}
+        return {"weight": sum(map(mean_weight, groups))}
 
     def loss(self, model: Any, batch: PackedBatch, counts: Mapping[str, float]) -> StepLoss:
         """Return the row's share of the step's mean loss."""
@@ -98,27 +98,29 @@ def _weights(batch: PackedBatch, sizes: Tensor, ranks: Tensor, *, confidence: bo
     """Return what each pair and each group counts, from the pairs that the judge compared.
 
     With ``confidence`` a pair counts by 2p - 1, p being the probability of the order that the
-    ranking has it in: a comparison that speaks against the ranking counts nothing.
+    ranking has it in: a comparison that speaks against the ranking counts nothing. Two completions
+    that several rows compare count by the mean of these.
     """
     group = batch.completion_groups[batch.pairs[:, 0]]
     first = (sizes.cumsum(0) - sizes)[group]
     i, j = (batch.pairs - first[:, None]).unbind(1)
     value = batch.pair_weights
+    counted = (value > 0).to(value.dtype)
     if confidence:
         sign = torch.sign(ranks[group, j] - ranks[group, i])
         value = value * sign * (2 * batch.pair_p - 1)
-    grid = torch.zeros((*ranks.shape, ranks.shape[1]), dtype=value.dtype, device=value.device)
-    grid = grid.index_put((group, i, j), value, accumulate=True)
-    grid = (grid + grid.transpose(1, 2)).clamp(min=0)
-    listed = torch.bincount(group, minlength=len(sizes)).clamp(min=1)
-    total = torch.zeros(len(sizes), dtype=value.dtype, device=value.device)
+
+    def both_ways(values: Tensor) -> Tensor:
+        grid = values.new_zeros((*ranks.shape, ranks.shape[1]))
+        grid = grid.index_put((group, i, j), values, accumulate=True)
+        return grid + grid.transpose(1, 2)
+
+    grid = both_ways(value).clamp(min=0) / both_ways(counted).clamp(min=1)
+    total = value.new_zeros(len(sizes))
+    listed = total.index_add(0, group, counted).clamp(min=1)
     mean = total.index_add(0, group, batch.pair_weights) / listed
     relative = grid / torch.where(mean > 0, mean, torch.ones_like(mean))[:, None, None]
     return _Weights(relative, mean)
-
-
-def _group_weight(group: Group) -> float:
-    return sum(pair.weight for pair in group.pairs) / len(group.pairs) if group.pairs else 0.0
 
 
 def _row_widths(batch: PackedBatch) -> Tensor:

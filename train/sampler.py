@@ -49,13 +49,14 @@ class Sample(NamedTuple):
     token_ids: list[int]
     logprobs: list[float]
     """Natural log-probability of each token: softmax of logits / temperature over the whole
-    vocabulary, as the trainer computes it, whatever top_p and top_k left out."""
+    vocabulary, as the trainer computes it, whatever top_p and top_k left out. vLLM's are over what
+    they left in, and so a little higher."""
     ended: bool
     """Whether it ended by a stop token rather than by its length."""
 
 
 class Sampler(Protocol):
-    """Draws completions from the current policy."""
+    """Draws completions from the current policy; from the seeds alone, except vLLM on a GPU."""
 
     def sample(
         self, prompts: Sequence[TokenIds], *, seeds: Sequence[int], n: int, plan: SamplingPlan

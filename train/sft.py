@@ -20,6 +20,7 @@ from train.models import add_adapters, load_model, load_tokenizer, packed_logpro
 from train.packing import PackedBatch
 from train.results import announce, finished, fit
 from train.trainer import StepLoss
+from train.training_data import warn_of_repeats
 
 __all__ = ["SftObjective", "run"]
 
@@ -78,6 +79,7 @@ def run(options: SftOptions) -> None:
     groups, held_out = split_by_prompt(groups, options.eval_share, seed=options.seed)
     if options.eval_data:
         held_out, _ = read_documents(options.eval_data, tokenizer, **read)
+        warn_of_repeats(groups, held_out, report)
     model = load_model(options, tokenizer=tokenizer, shape=options.shape)
     trained = fit(
         options,

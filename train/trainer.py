@@ -210,7 +210,8 @@ class PackedTrainer(Trainer):
             groups = parameter_groups(trained, options.weight_decay)
             if not groups:
                 raise InputError("nothing to train: the model has no trainable parameters")
-            rounded = groups[0]["params"][0].dtype == torch.bfloat16
+            # Any of them: adapters are float32 beside a score head in bfloat16.
+            rounded = any(p.dtype == torch.bfloat16 for group in groups for p in group["params"])
             if rounded and self.packing.processes > 1:
                 raise InputError(
                     "precision bfloat16 keeps its float32 copies on one process; use autocast with "
@@ -324,21 +325,22 @@ class PackedTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Return the mean loss and metrics over the evaluation groups, and log them."""
-        dataset = self.eval_steps if eval_dataset is None else eval_dataset
+        dataset: StepDataset = self.eval_steps if eval_dataset is None else eval_dataset
+        # Counts of all groups: with means of steps, what a row weighs would follow the batch size.
+        counts = dataset.count(dataset.groups)
         kept, self._sums = self._sums, {}
         model = self.model
         model.eval()
         started = time.perf_counter()
         with torch.no_grad(), self.compute_loss_context_manager():
             for number in range(len(dataset.plan(0))):
-                step = dataset[0, number]
-                share = torch.tensor(float(step.groups), device=self.args.device)
-                self._collect({"loss": (share * 0, share / self.packing.processes)})
-                for batch in step.batches:
+                for batch in dataset[0, number].batches:
                     moved = batch.to(self.args.device)
-                    outcome = self.objective.loss(model, moved, step.counts)
+                    outcome = self.objective.loss(model, moved, counts)
                     self._collect(outcome.metrics, counts=moved.counts)
-                    self._collect({"loss": (outcome.loss * share, 0.0)}, counts=moved.counts)
+                    self._collect({"loss": (outcome.loss, 0.0)}, counts=moved.counts)
+        one = torch.ones((), device=self.args.device) / self.packing.processes
+        self._collect({"loss": (one * 0, one)})
         means = {f"{metric_key_prefix}_{name}": value for name, value in self._drain().items()}
         means[f"{metric_key_prefix}_seconds"] = time.perf_counter() - started
         self._sums = kept

@@ -9,7 +9,7 @@ from train.chat import DataReport
 from train.data import Group, read_groups, split_by_prompt
 from train.trainer import row_tokens_of
 
-__all__ = ["Prepare", "TrainingData", "read_training_data"]
+__all__ = ["Prepare", "TrainingData", "read_training_data", "warn_of_repeats"]
 
 Prepare = Callable[[list[Group], DataReport], list[Group]]
 """Brings groups into the form that a loss reads; warnings go to the report."""
@@ -45,10 +45,32 @@ def read_training_data(options: Any, tokenizer: Any, prepare: Prepare) -> Traini
             row_tokens=row_tokens_of(options),
             accept_bias=options.accept_bias,
         )
-        return prepare(groups, report), report
+        prepared = prepare(groups, report)
+        # Rankings come without pairs and may be trained on as such.
+        pairs = [pair for group in prepared for pair in group.pairs]
+        report.pairs, report.ties = len(pairs), sum(pair.tie for pair in pairs)
+        return prepared, report
 
     groups, report = read(options.data)
     groups, held_out = split_by_prompt(groups, options.eval_share, seed=options.seed)
     if options.eval_data:
         held_out, _ = read(options.eval_data)
+        warn_of_repeats(groups, held_out, report)
     return TrainingData(groups, held_out, report)
+
+
+def warn_of_repeats(groups: Sequence[Group], held_out: Sequence[Group], report: DataReport) -> None:
+    """Warn where ``eval_data`` holds prompts (or whole texts) that are trained on."""
+    known = {_content(group) for group in groups}
+    repeated = sum(_content(group) in known for group in held_out)
+    if repeated:
+        report.warn(
+            f"{repeated} of {len(held_out)} evaluation rows have a prompt of the training data: "
+            "their figures are not about new prompts; take them out of eval_data"
+        )
+
+
+def _content(group: Group) -> tuple[int, ...]:
+    """Return the prompt's token ids; of a text, which has only a start token there, all of them."""
+    prompt = tuple(map(int, group.prompt_ids))
+    return prompt if len(prompt) > 1 else (*prompt, *map(int, group.completions[0]))

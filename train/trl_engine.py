@@ -17,15 +17,18 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import Sampler
 
-from feedback.errors import InputError, RecipeError
+from feedback.errors import RecipeError
+from train.adapters import load_pretrained
 from train.batches import StepDataset
 from train.chat import DataReport
 from train.config import DpoOptions, RewardOptions, SftOptions, TrainOptions
-from train.data import Group, split_by_prompt, with_ranked_pairs
+from train.data import Group, split_by_prompt
 from train.documents import read_documents
-from train.labels import label_pairs
+from train.labels import label_pairs, with_ranked_pairs
+from train.model_checks import require_context
 from train.models import (
     add_adapters,
+    base_model,
     load_tokenizer,
     resolve_device,
     resolve_model,
@@ -36,7 +39,7 @@ from train.progress import LossCurve, Progress
 from train.results import announce, conclude, finished
 from train.reward_model import merge_adapters, start_reward_model
 from train.trainer import packing_of
-from train.training_data import read_training_data
+from train.training_data import read_training_data, warn_of_repeats
 
 __all__ = ["run_dpo", "run_reward", "run_sft"]
 
@@ -48,6 +51,7 @@ _PACKED_ONLY = (
     "pack",
     "attention",
     "compile",
+    "activation_budget",
     "logprob_chunk",
     "peak_tflops",
     "quantize",
@@ -91,6 +95,7 @@ def run_sft(options: SftOptions) -> None:
     groups, held_out = split_by_prompt(groups, options.eval_share, seed=options.seed)
     if options.eval_data:
         held_out, _ = read_documents(options.eval_data, tokenizer, **read)
+        warn_of_repeats(groups, held_out, report)
     settings = _arguments(options)
     model = _load(options, kind="causal")
     if settings.pop("disable_dropout"):  # the one trainer of the three without this option
@@ -148,7 +153,7 @@ def run_reward(options: RewardOptions) -> None:
     adapted = add_adapters(model, options, modules_to_save=("score",))
     _train(options, "reward", RewardTrainer, arguments, adapted, tokenizer, data, rows)
     if options.lora_rank:
-        merge_adapters(adapted, tokenizer, options.output)
+        merge_adapters(adapted, tokenizer, options, groups=())
 
 
 def run_dpo(options: DpoOptions) -> None:
@@ -163,6 +168,11 @@ def run_dpo(options: DpoOptions) -> None:
     known = ", ".join(_DPO_LOSSES)
     _require(options.loss in _DPO_LOSSES, f"loss {options.loss!r}", f"set loss to one of {known}")
     _require(options.nll_weight == 0, "nll_weight", "leave it at 0")
+    _require(
+        options.drift_warning in (0, _default(options, "drift_warning")),
+        "drift_warning",
+        "leave it unset",
+    )
     _require(options.reference_cache is None, "reference_cache", "leave it unset")
     _require(
         options.loss != "ipo" or options.ipo_averaged,
@@ -170,9 +180,9 @@ def run_dpo(options: DpoOptions) -> None:
         "set ipo_averaged = true",
     )
     _require(
-        (options.loss == "robust") == bool(options.label_smoothing),
+        options.label_smoothing == 0 or options.loss == "robust",
         "label_smoothing but as the fixed flip rate of loss 'robust'",
-        "set label_smoothing for 'robust' and only there",
+        "leave it at 0",
     )
     from trl import DPOConfig, DPOTrainer
 
@@ -211,19 +221,22 @@ def _require(holds: bool, what: str, way_out: str) -> None:
 
 def _refuse_packed_only(options: TrainOptions) -> None:
     """Refuse options of the packed engine that would silently do nothing."""
-    defaults = {field.name: field.default for field in dataclasses.fields(options)}
     for name in _PACKED_ONLY:
         value = getattr(options, name)
         if name == "batch_size":
             _require(value > 0, "batch_size 0 (as many as fill a row)", "give a number")
         else:
-            what = f"{name} = {value!r}"
-            _require(value == defaults[name], what, f"leave it at {defaults[name]!r}")
+            default = _default(options, name)
+            _require(value == default, f"{name} = {value!r}", f"leave it at {default!r}")
     _require(
         options.precision != "bfloat16",
         "bfloat16 weights with float32 master copies",
         "set precision to autocast or float32",
     )
+
+
+def _default(options: TrainOptions, name: str) -> Any:
+    return next(entry.default for entry in dataclasses.fields(options) if entry.name == name)
 
 
 def _complete(options: TrainOptions, command: str) -> bool:
@@ -243,12 +256,9 @@ def _load(options: TrainOptions, *, kind: str, name: str | None = None) -> Any:
         "revision": options.revision if name is None else None,
         "trust_remote_code": options.trust_remote_code,
     }
-    try:
-        if kind == "causal":
-            return AutoModelForCausalLM.from_pretrained(wanted, **arguments)
-        return AutoModelForSequenceClassification.from_pretrained(wanted, num_labels=1, **arguments)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot load model {wanted!r}: {error}") from error
+    if kind == "causal":
+        return load_pretrained(AutoModelForCausalLM, wanted, **arguments)
+    return load_pretrained(AutoModelForSequenceClassification, wanted, num_labels=1, **arguments)
 
 
 def _pairs(options: Any, tokenizer: Any, *, soft_labels: bool, ties: Any) -> _Data:
@@ -399,6 +409,7 @@ def _train(
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     started = time.perf_counter()
+    require_context(base_model(model).config, [*data.groups, *data.held_out])
     options.output.mkdir(parents=True, exist_ok=True)
     made = [rows(group) for group in data.groups]
     ends = list(itertools.accumulate(map(len, made)))

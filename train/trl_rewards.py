@@ -7,8 +7,9 @@
     second = EngineOptions(model="pocket:second-judge")
     trainer.add_callback(WinRateCallback(trainer, second, prompts))
 
-Calls are batched and each is asked once; one that fails or holds no verdict is None, which TRL
-leaves out of the group's mean instead of counting it as 0.
+Calls are batched and each is asked once; one that fails or holds no verdict is None. Where the
+judge is the only reward function TRL leaves that completion out of its group's mean; beside other
+functions it adds up those that answered, so that there a None counts as 0.
 """
 
 from __future__ import annotations
@@ -25,10 +26,9 @@ from transformers import TrainerCallback
 from feedback.config import EngineOptions
 from feedback.errors import InputError
 from feedback.intervals import Estimate, Resampler, mean
-from feedback.records import PromptText, content_id, normalise_text
+from feedback.records import PromptText, normalise_text
 from train.chat import ChatFormat
 from train.ppo_config import RewardSource
-from train.reward_model import Scorer
 from train.rewards_judge import JudgeReward, open_judge_reward
 from train.sampler import CachedSampler, SamplingPlan
 
@@ -79,18 +79,21 @@ class JudgeRewards:
     ) -> list[float | None]:
         """Return one reward per completion, None where the judge gave none.
 
+        Each row is compared with its own reference, also where a prompt comes twice.
+
         Raises:
             InputError: a pairwise template, and the data set has no column of references.
         """
+        references = None
         if self.scorer.judge.template.kind == "pairwise":
             if self.reference not in columns:
                 raise InputError(
                     f"the judge compares with a reference completion, but the data set has no "
                     f"column {self.reference!r}; name it by reference=, or use a rating template"
                 )
-            for prompt, text in zip(prompts, columns[self.reference], strict=True):
-                self.scorer.references[content_id(prompt)] = _text(text)
-        scores = self.scorer.score(prompts, [_text(entry) for entry in completions]).tolist()
+            references = [_text(entry) for entry in columns[self.reference]]
+        texts = [_text(entry) for entry in completions]
+        scores = self.scorer.score(prompts, texts, references=references).tolist()
         rewards = [None if math.isnan(score) else score for score in scores]
         if log_metric is not None:
             log_metric("judge/failed", rewards.count(None) / max(len(rewards), 1))
@@ -222,11 +225,10 @@ class WinRateCallback(TrainerCallback):
             for place, text in enumerate(texts)
             if normalise_text(text) != normalise_text(baseline[place])
         ]
-        for place in places:
-            self.scorer.references[content_id(self.prompts[place])] = baseline[place]
-        scorer: Scorer = self.scorer
-        scores = scorer.score(
-            [self.prompts[place] for place in places], [texts[place] for place in places]
+        scores = self.scorer.score(
+            [self.prompts[place] for place in places],
+            [texts[place] for place in places],
+            references=[baseline[place] for place in places],
         ).tolist()
         wins = dict.fromkeys(range(len(texts)), 0.5)
         wins |= {place: _win(score) for place, score in zip(places, scores, strict=True)}

@@ -3,7 +3,11 @@
 Before each rollout the engine wakes, takes over the policy's weights, and forgets what it cached of
 the old ones; after it, it sleeps and its memory is the trainer's again (sleep level 2: weights and
 keys are dropped, not kept elsewhere). The log-probabilities it reports come from other kernels than
-the trainer's; they are kept, compared with the trainer's own, and corrected for.
+the trainer's; they are kept, compared with the trainer's own, and corrected for. With top_p below 1
+they are of the nucleus that was drawn from, not of the whole vocabulary.
+
+On a GPU the seeds of the prompts are not used: a run that is repeated or resumed draws other
+samples, and so do the guard's probes, whose comparison then holds the noise of both draws.
 
 Only in this process: one policy, one GPU (or, for tests, a CPU).
 """
@@ -33,7 +37,7 @@ class VllmSampler:
         memory: share of GPU memory to take while awake.
         sleep: give the memory back between rollouts (CUDA only).
         eager: no compilation and no graphs: starts faster, runs slower.
-        seed: of the engine's sampling.
+        seed: of the engine's sampling; on a CPU each prompt has its own besides.
         settings: further arguments of ``vllm.LLM``.
 
     Raises:

@@ -31,12 +31,13 @@ from feedback.backends.batch_state import (
 )
 from feedback.backends.chat_bodies import Bodies, Dialect
 from feedback.backends.chat_replies import error_message, read_judge, read_sample
+from feedback.backends.extras import HostedExtra, extra_of, load_tokenizer
 from feedback.backends.http import split_url
 from feedback.backends.identity import identity_of
 from feedback.backends.openai import OpenAIBackend
-from feedback.backends.redacting import Redactor
+from feedback.backends.redacting import Redactor, secrets_of
 from feedback.backends.retrying import RequestFailed
-from feedback.config import EngineOptions, build_options
+from feedback.config import EngineOptions, above, at_least
 from feedback.errors import BackendError
 
 __all__ = ["BatchBackend", "BatchExtra", "open_engine"]
@@ -47,8 +48,8 @@ Reply = TypeVar("Reply", JudgeReply, SampleReply)
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchExtra:
-    """Keys of ``extra`` that the batch engine understands."""
+class BatchExtra(HostedExtra):
+    """Keys of ``extra`` that the batch engine understands, besides those of other endpoints."""
 
     folder: str = "runs/batches"
     """Where submitted batches are written down; keep it until a run has finished."""
@@ -60,10 +61,11 @@ class BatchExtra:
     """Bytes per batch; the API takes 100 MB."""
     probe: bool = True
     """Ask the endpoint what it can do by a few ordinary requests, before anything is submitted."""
-    body: dict[str, Any] | None = None
-    """Further fields of every request body."""
-    server: str | None = None
-    """As the ``openai`` engine's: name of the server in verdicts, in place of host and port."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        at_least(self, 1, "requests_per_file", "bytes_per_file")
+        above(self, 0, "poll_s")
 
 
 class _Wanted(NamedTuple):
@@ -88,14 +90,17 @@ class BatchBackend:
         self.extra, url, key = settings_of(options)
         self.identity = identity_of(options)
         self.bodies = Bodies(options.model, dialect=Dialect(), extra=self.extra.body)
-        self._redact = Redactor((key, url.password))
+        self._redact = Redactor(secrets_of(url, key, self.extra.headers))
         self._jobs = BatchJobs(
             options.base_url,
             key=key or "none",
             timeout_s=options.timeout_s,
             retries=options.max_retries,
+            headers=self.extra.headers,
             redact=self._redact,
         )
+        self.chat = load_tokenizer(self.extra)
+        self.max_length = self.extra.max_length
 
     def prepare(self, labels: tuple[str, ...]) -> Capabilities:
         """Ask the same model, outside of a batch, what it can do.
@@ -106,7 +111,7 @@ class BatchBackend:
         if not self.extra.probe:
             note = f"{self.options.model}, in batches: not probed"
             return Capabilities(logprobs=True, max_logprobs=20, note=note)
-        extra = {"transport": "sdk", "body": self.extra.body}
+        extra = {"transport": "sdk", "body": self.extra.body, "headers": self.extra.headers}
         online = OpenAIBackend(dataclasses.replace(self.options, extra=extra))
         try:
             found = online.prepare(labels)
@@ -326,9 +331,9 @@ def settings_of(options: EngineOptions) -> BatchSettings:
 
     Raises:
         BackendError: the key is not in the environment, or ``base_url`` is no http(s) URL.
-        RecipeError: ``extra`` holds an unknown key.
+        RecipeError: ``extra`` holds an unknown key, or one that does nothing.
     """
-    extra = build_options(BatchExtra, options.extra)
+    extra = extra_of(BatchExtra, options)
     url = split_url(options.base_url or _OPENAI)
     key = os.environ.get(options.api_key_env)
     if not key and options.base_url is None:

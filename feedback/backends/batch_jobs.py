@@ -35,14 +35,26 @@ class BatchJobs:
         key: API key.
         timeout_s: for one request; uploads and downloads get five times as long.
         retries: tries after the first, for failures that may pass.
+        headers: further request headers.
         redact: passes over every error text.
     """
 
     def __init__(
-        self, base_url: str | None, *, key: str, timeout_s: float, retries: int, redact: Redactor
+        self,
+        base_url: str | None,
+        *,
+        key: str,
+        timeout_s: float,
+        retries: int,
+        headers: dict[str, str] | None = None,
+        redact: Redactor,
     ):
         self._client = openai.OpenAI(
-            api_key=key, base_url=base_url, timeout=timeout_s, max_retries=0
+            api_key=key,
+            base_url=base_url,
+            timeout=timeout_s,
+            max_retries=0,
+            default_headers=headers,
         )
         self._files = self._client.with_options(timeout=5 * timeout_s).files
         self._retries = retries

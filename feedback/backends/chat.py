@@ -7,16 +7,18 @@ defused, so that only the template itself can write them.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import jinja2
 
+from feedback.backends.turns import merge_system
 from feedback.errors import BackendError
 from feedback.records import Message
 
-__all__ = ["ChatTokenizer", "load_tokenizer"]
+__all__ = ["ChatTokenizer"]
 
 _MARKER = "zqxjk"
 # Added tokens that look like control tokens; others ("\t\t", "    ") are ordinary text.
@@ -39,8 +41,14 @@ class ChatTokenizer:
         self.templated = bool(tokenizer.chat_template)
         self._arguments = template_arguments or {}
         self._control = _control_pattern(tokenizer)
+        self._backend = _plain_backend(tokenizer)
         self.system_role = self.templated and self._keeps_system()
         self._labels: dict[str, int] = {}
+
+    @property
+    def threaded(self) -> bool:
+        """Whether ``ids_of`` may run in several threads at the same time."""
+        return self._backend is not None
 
     def text(self, messages: Sequence[Message], *, reply: str | None = None) -> str:
         """Return what the model reads, up to where its reply starts (or with the whole reply)."""
@@ -50,7 +58,7 @@ class ChatTokenizer:
         if not self.templated:
             return "\n\n".join(turn["content"] for turn in turns) + ("\n" if turns else "")
         if not self.system_role:
-            turns = _merge_system(turns)
+            turns = merge_system(turns)
         if reply is not None:
             turns.append(Message(role="assistant", content=reply))
         return self._render(turns, opening=reply is None)
@@ -153,9 +161,12 @@ class ChatTokenizer:
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         # A template writes BOS itself where the model wants one.
-        rows: list[list[int]] = self.tokenizer(texts, add_special_tokens=not self.templated)[
-            "input_ids"
-        ]
+        special = not self.templated
+        if self._backend is not None:
+            found = self._backend.encode_batch_fast(texts, add_special_tokens=special)
+            rows: list[list[int]] = [encoding.ids for encoding in found]
+        else:
+            rows = self.tokenizer(texts, add_special_tokens=special)["input_ids"]
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         for place, row in enumerate(rows):
             if bos is not None and len(row) > 1 and row[0] == row[1] == bos:
@@ -181,33 +192,18 @@ class ChatTokenizer:
             return False
 
 
-def load_tokenizer(name: str, template_arguments: dict[str, Any] | None = None) -> ChatTokenizer:
-    """Return the tokenizer in a folder, or of that name on the Hub.
+def _plain_backend(tokenizer: Any) -> Any:
+    """Return a copy of the Rust tokenizer that neither cuts nor pads; None: there is none.
 
-    Raises:
-        BackendError: it cannot be loaded.
+    Its batch encoding holds no lock of Python and changes nothing in it, so that several threads
+    may use it at the same time; calling the wrapper sets cutting and padding anew each time.
     """
-    # Seconds of imports, for those who ask for it.
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise BackendError(f"cannot load the tokenizer {name!r}: {first}") from error
-    return ChatTokenizer(tokenizer, template_arguments=template_arguments)
-
-
-def _merge_system(turns: list[Message]) -> list[Message]:
-    """Return the turns with leading system text put at the head of the first user turn."""
-    system = [turn["content"] for turn in turns if turn["role"] == "system"]
-    rest = [turn for turn in turns if turn["role"] != "system"]
-    if not system:
-        return rest
-    if rest and rest[0]["role"] == "user":
-        system.append(rest[0]["content"])
-        rest = rest[1:]
-    return [Message(role="user", content="\n\n".join(system)), *rest]
+    if not tokenizer.is_fast:
+        return None
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 def _control_pattern(tokenizer: Any) -> re.Pattern[str] | None:

@@ -11,6 +11,7 @@ from typing import Any
 import orjson
 
 from feedback.backends import JudgeCall, SampleCall
+from feedback.backends.turns import merge_system
 
 __all__ = ["Bodies", "Dialect"]
 
@@ -27,6 +28,8 @@ class Dialect:
     """Alternatives per position to ask for; 0: the endpoint gives no log-probabilities."""
     sample_logprobs: bool = True
     """Whether completions may be asked for with the log-probabilities of their tokens."""
+    system_role: bool = True
+    """Whether system turns are taken; else their text goes to the head of the first user turn."""
     label_ids: dict[str, int] = field(default_factory=dict)
     """Token id of each label, where the endpoint returns any named token's log-probability
     (vLLM's ``logprob_token_ids``); empty elsewhere."""
@@ -123,8 +126,9 @@ class Bodies:
         return whole[:-1] + b',"messages":'
 
     def _join(self, head: bytes, messages: tuple[Any, ...], seed: int | None) -> bytes:
+        turns = messages if self._dialect.system_role else merge_system(messages)
         try:
-            text = orjson.dumps(messages)
+            text = orjson.dumps(turns)
         except TypeError as error:
             raise ValueError(f"the messages cannot be sent as JSON: {error}") from None
         if seed is None or not self._dialect.seed:

@@ -19,18 +19,18 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 from urllib.parse import SplitResult
 
 from feedback.backends import Capabilities, JudgeCall, JudgeReply, SampleCall, SampleReply
-from feedback.backends.chat import ChatTokenizer, load_tokenizer
 from feedback.backends.chat_bodies import Bodies, Dialect
 from feedback.backends.chat_replies import SampleReading, read_judge, read_sample
+from feedback.backends.extras import HostedExtra, extra_of, load_tokenizer
 from feedback.backends.http import HttpTransport, Transport, needs_proxy, split_url
 from feedback.backends.identity import identity_of
 from feedback.backends.limits import Gate, GateState
 from feedback.backends.probing import probe, served_length
-from feedback.backends.redacting import Redactor
+from feedback.backends.redacting import Redactor, secrets_of
 from feedback.backends.retrying import RequestFailed, RetryBudget, RetryPolicy
 from feedback.backends.window import LoopThread, stream
-from feedback.config import EngineOptions, build_options
-from feedback.errors import BackendError, RecipeError
+from feedback.config import EngineOptions, above, at_least
+from feedback.errors import BackendError
 from feedback.records import Usage
 
 __all__ = ["EndpointExtra", "OpenAIBackend", "open_engine"]
@@ -56,8 +56,8 @@ _HOSTED = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class EndpointExtra:
-    """Keys of ``extra`` that endpoints understand."""
+class EndpointExtra(HostedExtra):
+    """Keys of ``extra`` that endpoints understand, besides those that the Batch API does too."""
 
     transport: Literal["auto", "sdk", "http"] = "auto"
     """The openai package or the lean path; auto: the package for known hosted APIs and where the
@@ -72,19 +72,12 @@ class EndpointExtra:
     """Smoothed latency at which fewer requests are kept in flight; None: half of timeout_s."""
     split_n: bool = False
     """Ask for n completions in n requests, for servers that ignore ``n``."""
-    tokenizer: str | None = None
-    """The model's tokenizer, a folder or a name on the Hub: questions that are too long are then
-    cut to the token, both completions alike, and flagged. None: they are sent whole."""
-    max_length: int | None = None
-    """Longest question and reply together, in tokens, beside ``tokenizer``; None: what the server
-    says (vLLM does)."""
-    headers: dict[str, str] | None = None
-    """Further request headers."""
-    body: dict[str, Any] | None = None
-    """Further fields of every request body, such as chat_template_kwargs."""
-    server: str | None = None
-    """Name of the server in verdicts, in place of host and port: for a server that is started again
-    elsewhere, so that a run goes on there. None: another host or port is another judge."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        at_least(self, 1, "start_concurrency")
+        at_least(self, 0, "first_wait_s", "total_s")
+        above(self, 0, "slow_s")
 
 
 class Exchange(NamedTuple, Generic[Reading]):
@@ -113,7 +106,7 @@ class OpenAIBackend:
     def __init__(self, options: EngineOptions):
         self.options = options
         self.extra, url, self._key, hosted = settings_of(options)
-        self.redact = Redactor(_secrets(url, self._key, self.extra.headers))
+        self.redact = Redactor(secrets_of(url, self._key, self.extra.headers))
         host = url.hostname or ""
         self._endpoint = host if url.port is None else f"{host}:{url.port}"
         proxied = options.base_url is not None and needs_proxy(options.base_url)
@@ -130,7 +123,7 @@ class OpenAIBackend:
             budget=self._budget,
             first_wait_s=self.extra.first_wait_s,
         )
-        self.chat = _tokenizer(self.extra)
+        self.chat = load_tokenizer(self.extra)
         self.max_length = self.extra.max_length
         self.on_waste: Callable[[str, Usage], bool] = lambda call_id, usage: True
         self._failures_in_a_row = 0
@@ -201,7 +194,10 @@ class OpenAIBackend:
         """
         thread = self.open()
         assert self._transport is not None
-        found = thread.run(probe(self._transport, self.bodies, labels, endpoint=self._endpoint))
+        path = split_url(self.options.base_url or _OPENAI).path
+        found = thread.run(
+            probe(self._transport, self.bodies, labels, endpoint=self._endpoint, path=path)
+        )
         self.bodies.dialect = found.dialect
         if self.chat is not None and self.max_length is None:
             self.max_length = thread.run(served_length(self._transport, self.options.model))
@@ -390,7 +386,7 @@ def settings_of(options: EngineOptions) -> EndpointSettings:
             no http(s) URL.
         RecipeError: ``extra`` holds an unknown key, or one that does nothing.
     """
-    extra = build_options(EndpointExtra, options.extra)
+    extra = extra_of(EndpointExtra, options)
     url = split_url(options.base_url or _OPENAI)
     key = os.environ.get(options.api_key_env) or None
     host = url.hostname or ""
@@ -400,8 +396,6 @@ def settings_of(options: EngineOptions) -> EndpointSettings:
             f"{host} needs a key: set the environment variable {options.api_key_env} "
             "(or name another one with api_key_env)"
         )
-    if extra.max_length is not None and extra.tokenizer is None:
-        raise RecipeError("extra.max_length does nothing without extra.tokenizer")
     return EndpointSettings(extra, url, key, hosted)
 
 
@@ -413,21 +407,3 @@ def check_options(options: EngineOptions) -> None:
 def open_engine(options: EngineOptions, path: str) -> OpenAIBackend:
     """Return the backend; ``path`` is not used, since the endpoint holds the model."""
     return OpenAIBackend(options)
-
-
-def _tokenizer(extra: EndpointExtra) -> ChatTokenizer | None:
-    """Return the tokenizer that cuts long questions, if one is named."""
-    if extra.tokenizer is None:
-        return None
-    return load_tokenizer(extra.tokenizer, (extra.body or {}).get("chat_template_kwargs"))
-
-
-def _secrets(
-    url: SplitResult, key: str | None, headers: dict[str, str] | None
-) -> Iterator[str | None]:
-    """Everything that no message may show."""
-    yield key
-    yield from (headers or {}).values()
-    if url.password:
-        yield url.password
-        yield f"{url.username}:{url.password}"

@@ -14,8 +14,9 @@ from pathlib import Path
 from feedback.backends import Backend
 from feedback.config import EngineOptions
 from feedback.errors import BackendError
+from feedback.unread import check_engine
 
-__all__ = ["check_engine", "local_revision", "open_backend", "resolve_model"]
+__all__ = ["check_openable", "local_revision", "open_backend", "resolve_model"]
 
 _BLOCK = 1 << 16
 _BLOCKS_PER_FILE = 64
@@ -30,8 +31,10 @@ def open_backend(options: EngineOptions) -> Backend:
     """Return the engine that ``options`` name, ready to judge and sample.
 
     Raises:
+        RecipeError: an option does nothing with this engine.
         BackendError: the engine is not installed, or cannot load the model.
     """
+    check_engine(options)
     path = resolve_model(options.model)
     try:
         module = importlib.import_module(f"feedback.backends.{options.backend}")
@@ -44,7 +47,7 @@ def open_backend(options: EngineOptions) -> Backend:
     return backend
 
 
-def check_engine(options: EngineOptions) -> None:
+def check_openable(options: EngineOptions) -> None:
     """Check what can be checked of an engine without opening it.
 
     Several judges take turns, so that one is in memory at a time. What is wrong with a later one

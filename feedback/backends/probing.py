@@ -2,20 +2,21 @@
 
 Looked at, in this order: whether it answers and knows the model; which request fields it refuses;
 whether it returns log-probabilities, and how many alternatives; whether it returns those of any
-named token (vLLM's ``logprob_token_ids``); whether every label is one token there; whether a JSON
-schema is followed.
+named token (vLLM's ``logprob_token_ids``); whether every label is one token there; whether it takes
+system turns; whether a JSON schema is followed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import re
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 import orjson
 
-from feedback.backends import Capabilities, JudgeCall
+from feedback.backends import Capabilities, JudgeCall, SampleCall
 from feedback.backends.chat_bodies import Bodies, Dialect
 from feedback.backends.chat_replies import JudgeReading, read_judge
 from feedback.backends.http import Transport
@@ -31,9 +32,11 @@ _FEWER = {20: 10, 10: 8, 8: 5, 5: 2}
 """Next number of alternatives to try; hosted APIs allow 20, 8 or 5."""
 
 
+_VERSION = re.compile(r"/v\d")
 _USER = Message(role="user", content="Which?")
 _ASK = "Which letter or word comes first in this list? Answer {labels}, nothing else."
 _SAY = "Repeat this and nothing else: {label}"
+_WITH_SYSTEM = (Message(role="system", content="Answer with one letter."), _USER)
 _NO_USAGE = Usage()
 
 
@@ -67,7 +70,12 @@ class _Models(msgspec.Struct):
 
 
 async def probe(
-    transport: Transport, bodies: Bodies, labels: tuple[str, ...], *, endpoint: str
+    transport: Transport,
+    bodies: Bodies,
+    labels: tuple[str, ...],
+    *,
+    endpoint: str,
+    path: str = "/v1",
 ) -> Found:
     """Ask the endpoint what it can do.
 
@@ -76,19 +84,23 @@ async def probe(
         bodies: its dialect is changed on the way to what the endpoint accepts.
         labels: labels whose log-probabilities will be wanted; empty: text only.
         endpoint: its name in messages.
+        path: the path of its base URL, for advice when nothing is found there.
 
     Raises:
         BackendError: it cannot be reached, does not know the model, gives no log-probabilities, or
             splits a label into several tokens.
     """
-    prober = _Prober(transport, bodies, endpoint)
+    prober = _Prober(transport, bodies, endpoint, path)
     if not labels:
         await prober.ask(_question("Say hello."))
+        await prober.check_system_role()
+        await prober.check_sampling()
         return prober.found(labels, structured=await prober.follows_schema(("yes", "no")))
     ids = await prober.label_ids(labels)
     await prober.find_logprobs(labels, ids)
     if not bodies.dialect.label_ids:
         await prober.check_single_tokens(labels)
+    await prober.check_system_role()
     return prober.found(labels, structured=await prober.follows_schema(labels))
 
 
@@ -108,10 +120,11 @@ def _question(text: str, **fields: Any) -> JudgeCall:
 
 
 class _Prober:
-    def __init__(self, transport: Transport, bodies: Bodies, endpoint: str):
+    def __init__(self, transport: Transport, bodies: Bodies, endpoint: str, path: str):
         self.transport = transport
         self.bodies = bodies
         self.endpoint = endpoint
+        self.path = path
         self.notes: list[str] = []
 
     async def ask(self, call: JudgeCall) -> JudgeReading:
@@ -166,10 +179,12 @@ class _Prober:
             names = await self._models()
             known = f"; it serves {', '.join(names[:5])}" if names else ""
             close = nearest(self.bodies.model, names)
-            return BackendError(
-                f"{where}. No model {self.bodies.model!r} there{close}{known}; "
-                "or base_url lacks /v1"
-            )
+            model = f"o model {self.bodies.model!r} there{close}{known}"
+            if _VERSION.search(self.path) is None:
+                return BackendError(
+                    f"{where}. base_url lacks /v1, under which such servers answer; or n{model}"
+                )
+            return BackendError(f"{where}. N{model}; or base_url is another server's")
         if failure.kind in ("network", "timeout"):
             return BackendError(f"{where}. Is the server running, and is base_url right?")
         return BackendError(where)
@@ -280,6 +295,33 @@ class _Prober:
             unseen.append(label)
         if unseen:
             self.notes.append(f"label tokens not confirmed: {', '.join(unseen)}")
+
+    async def check_system_role(self) -> None:
+        """Look whether a system turn is refused; what a template says in one is then merged."""
+        call = JudgeCall(call_id="probe", messages=_WITH_SYSTEM)
+        plain = self.bodies.dialect
+        try:
+            await self.ask(call)
+        except BackendError:
+            self.bodies.dialect = dataclasses.replace(plain, system_role=False)
+            try:
+                await self.ask(call)
+            except BackendError:  # something else is wrong, which each call will say for itself
+                self.bodies.dialect = plain
+            else:
+                self.notes.append("takes no system role: its text goes to the user's turn")
+
+    async def check_sampling(self) -> None:
+        """Look whether completions may be asked for with their tokens' log-probabilities."""
+        call = SampleCall(call_id="probe", messages=(_USER,), max_tokens=1)
+        try:
+            await self.transport.send(self.bodies.sample(call))
+        except RequestFailed as failure:
+            if not failure.transient and "logprobs" in str(failure).lower():
+                self.bodies.dialect = dataclasses.replace(
+                    self.bodies.dialect, sample_logprobs=False
+                )
+                self.notes.append("gives no log-probabilities of completions")
 
     async def follows_schema(self, labels: tuple[str, ...]) -> bool:
         """Return whether a JSON schema shapes the reply."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable
-from urllib.parse import quote
+from collections.abc import Iterable, Iterator
+from urllib.parse import SplitResult, quote
 
-__all__ = ["Redactor"]
+__all__ = ["Redactor", "secrets_of"]
 
 _SHAPES = (
     # user:password@ in any URL
@@ -59,3 +59,14 @@ class Redactor:
             text = shape.sub(replacement, text)
         text = " ".join(text.split())
         return text if len(text) <= self._longest else text[: self._longest - 3] + "..."
+
+
+def secrets_of(
+    url: SplitResult, key: str | None, headers: dict[str, str] | None
+) -> Iterator[str | None]:
+    """Yield everything about an endpoint that no message may show."""
+    yield key
+    yield from (headers or {}).values()
+    if url.password:
+        yield url.password
+        yield f"{url.username}:{url.password}"

@@ -79,6 +79,7 @@ def failure_of_status(
     status: int, message: str, *, retry_after: float | None = None
 ) -> RequestFailed:
     """Return the failure that an HTTP error status means."""
+    message = message.removeprefix(f"{status}: ")  # as some servers begin it
     text = f"HTTP {status}: {message}" if message else f"HTTP {status}"
     # A spent account answers 429 too, and no waiting helps.
     if status == 429 and "insufficient_quota" not in message:

@@ -1,14 +1,15 @@
 """vLLM in this process: token ids in, the log-probabilities of the labels out.
 
-The engine's own loop is driven directly. Calls are tokenised a block ahead, in a thread beside it,
-and queued ahead of the scheduler, so that it never starves while rows are written; each reply is
-yielded as soon as its step ends, and there is no batch to wait for. Prefix caching is on: calls
+The engine's own loop is driven directly. Calls are tokenised some blocks ahead, in threads beside
+it, and queued ahead of the scheduler, so that it never starves while rows are written; each reply
+is yielded as soon as its step ends, and there is no batch to wait for. Prefix caching is on: calls
 that come one after the other with the same beginning (both orders, all pairs of a prompt) compute
 it once.
 """
 
 from __future__ import annotations
 
+import collections
 import copy
 import itertools
 import os
@@ -21,14 +22,18 @@ from feedback.backends import Capabilities, JudgeCall, JudgeReply, SampleCall, S
 from feedback.backends.chat import ChatTokenizer
 from feedback.backends.identity import identity_of
 from feedback.backends.opening import local_revision
+from feedback.backends.vllm_faults import engine_errors, wake_if_killed
 from feedback.config import EngineOptions
 from feedback.errors import BackendError
 from feedback.records import JudgeIdentity, Usage
 
 __all__ = ["VllmBackend", "engine_settings", "open_engine"]
 
-_BLOCK = 64
-"""Calls tokenised together: enough for the tokenizer to work on all cores."""
+_BLOCK = 32
+"""Calls tokenised together, by one thread."""
+_THREADS = min(8, os.cpu_count() or 1)
+"""Blocks tokenised at the same time: a question of a thousand tokens takes one core about as long
+as a fast engine takes to judge it, and the tokenizer's own threads are off in many set-ups."""
 _FIRST_BLOCK = 8
 """The first one is small, so that the engine has work at once."""
 _TOP_LOGPROBS = 20
@@ -68,6 +73,9 @@ class VllmBackend:
         self.identity = identity
         self._llm = engine
         self._engine = engine.llm_engine
+        self._errors = engine_errors()
+        self._dead = False
+        wake_if_killed(self._engine.engine_core)
         self._adapter = adapter
         config = self._engine.vllm_config
         self.max_length: int = config.model_config.max_model_len
@@ -128,15 +136,16 @@ class VllmBackend:
         failed: Callable[[Call, str], Reply],
     ) -> Iterator[Reply]:
         queued: dict[str, _Queued] = {}
-        with ThreadPoolExecutor(1, thread_name_prefix="tokenise") as pool:
+        threads = _THREADS if self.chat.threaded else 1
+        with ThreadPoolExecutor(threads, thread_name_prefix="tokenise") as pool:
             blocks = self._blocks(iter(calls), pool)
-            block = next(blocks, None)
+            coming = collections.deque(itertools.islice(blocks, threads))
             try:
                 while True:
-                    while block is not None and self._wants(block, len(queued)):
-                        for call, problem in self._queue(block, queued, params_of):
+                    while coming and self._wants(coming[0], len(queued)):
+                        for call, problem in self._queue(coming.popleft(), queued, params_of):
                             yield failed(call, problem)
-                        block = next(blocks, None)
+                        coming.extend(itertools.islice(blocks, 1))
                     if not queued:
                         return
                     for output in self._step():
@@ -144,11 +153,12 @@ class VllmBackend:
                             call, since = queued.pop(output.request_id)
                             yield read(call, output, time.monotonic() - since)
             finally:
-                if queued:  # abandoned by the consumer: nothing of it may reach the next stream
+                # Abandoned by the consumer: nothing of it may reach the next stream.
+                if queued and not self._dead:
                     self._abandon(queued)
 
     def _blocks(self, source: Iterator[Any], pool: ThreadPoolExecutor) -> Iterator[_Block]:
-        """Yield blocks of calls whose token ids are being made in the pool, one block ahead."""
+        """Yield blocks of calls whose token ids are being made in the pool."""
         size = _FIRST_BLOCK
         while calls := list(itertools.islice(source, size)):
             conversations = [call.messages for call in calls]
@@ -175,9 +185,11 @@ class VllmBackend:
                     params_of(call),
                     lora_request=self._adapter,
                 )
-            except ValueError as error:
+            except self._errors.refused as error:
                 yield call, f"refused by vLLM: {error}"
                 continue
+            except self._errors.died as error:
+                raise self._death(error) from error
             queued[name] = _Queued(call, time.monotonic())
 
     def _too_long(self, call: Any, ids: list[int]) -> str | None:
@@ -191,12 +203,16 @@ class VllmBackend:
     def _step(self) -> list[Any]:
         try:
             outputs: list[Any] = self._engine.step()
-        except RuntimeError as error:  # EngineDeadError, out of memory, a failed kernel
-            raise BackendError(
-                f"vLLM stopped: {error}. What is finished is kept; lower gpu_memory or "
-                "max_model_len if it ran out of memory, and run the command again"
-            ) from error
+        except self._errors.died as error:
+            raise self._death(error) from error
         return outputs
+
+    def _death(self, error: Exception) -> BackendError:
+        self._dead = True
+        return BackendError(
+            f"vLLM stopped: {str(error).rstrip('.')}. What is finished is kept; lower gpu_memory "
+            "or max_model_len if it ran out of memory, and run the command again"
+        )
 
     def _abandon(self, queued: dict[str, _Queued]) -> None:
         self._engine.abort_request(list(queued))
@@ -331,10 +347,11 @@ def open_engine(options: EngineOptions, path: str) -> VllmBackend:
     from vllm.lora.request import LoRARequest
 
     settings = engine_settings(options)
+    failures: tuple[type[Exception], ...] = (ValueError, TypeError, OSError, *engine_errors().died)
     adapter = None if options.lora is None else LoRARequest("judge", 1, options.lora)
     try:
         engine: Any = LLM(model=path, **settings)
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except failures as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise BackendError(f"vLLM cannot load {options.model!r}: {first}") from error
     return VllmBackend(

@@ -49,6 +49,12 @@ _WORDS = {
         percent=True,
         fair=0.5,
     ),
+    "preference_at_equal_length": _Words(
+        "Mean probability at equal length by {0}",
+        "The mean probability, predicted for replies of the same length.",
+        percent=True,
+        fair=0.5,
+    ),
     "gold.before": _Words("Gold check before", "Mean score of the starting policy's replies."),
     "gold.after": _Words("Gold check after", "Mean score of the new policy's replies."),
     "gold.gain": _Words("Gold check, gain", "After less before, on the same prompts.", fair=0.0),
