@@ -52,7 +52,7 @@ LINES = [
     Line("judge_faults", "lost", "verdicts lost", "{:.0f}"),
     Line("judge_faults", "doubled", "verdicts doubled", "{:.0f}"),
     Line("judge_faults", "invented", "verdicts invented", "{:.0f}"),
-    Line("judge_gpu", "verdicts_per_s", "vLLM in process, 0.36B judge: verdicts/s", "{:,.0f}"),
+    Line("judge_gpu", "verdicts_per_s", "vLLM in process, 0.41B judge, 787 tokens a question: verdicts/s", "{:,.0f}"),
     Line("judge_gpu", "ratio_to_bare_generate", "the same, over bare `LLM.generate`", "{:.2f}"),
     Line("judge_gpu", "http_ratio_to_in_process", "HTTP path over in process", "{:.2f}"),
     Line("judge_gpu", "adjacency_speedup", "both orders adjacent over not adjacent", "{:.2f}x"),

@@ -31,6 +31,8 @@ FSDP = [
     *("--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"),
     *("--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer"),
     *("--fsdp_state_dict_type", "FULL_STATE_DICT"),
+    # Each process loads the weights itself: the packed forward is checked before they are sharded.
+    *("--fsdp_cpu_ram_efficient_loading", "false"),
 ]
 
 

@@ -374,10 +374,11 @@ def save(args: argparse.Namespace, rows: list[dict[str, Any]], proof: dict[str, 
         write_result(
             path,
             f"train_{name}",
-            hardware=f"{gpu()}, measured bf16 peak {args.peak:.0f} TFLOP/s",
+            hardware=gpu(),
             figures=others | figures_of(rows, name, suffix),
             runs=kept + mine,
             commands=known.get("commands", {}) | {suffix: command},
+            measured_peak_tflops=known.get("measured_peak_tflops", {}) | {suffix: args.peak},
             proof=proof or known.get("proof", {}),
         )
 
