@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from feedback.backends import SampleCall
 from feedback.budget import Price, call_tokens
 from feedback.config import EngineOptions
-from feedback.shards import shard_paths, whole_lines
+from feedback.run_folder import changed_setting
+from feedback.shards import MANIFEST, shard_paths, whole_lines
 from feedback.unread import PAID
 from feedback.verdict_index import SeenIds
 
-__all__ = ["Estimate", "finished_prompts"]
+__all__ = ["Estimate", "finished_prompts", "needs_nothing"]
 
 
 class _Id(msgspec.Struct):
@@ -30,6 +33,17 @@ def finished_prompts(folder: Path) -> SeenIds:
         for line in whole_lines(path):
             done.add(decoder.decode(line).prompt_id, 0)
     return done
+
+
+def needs_nothing(folder: Path, record: dict[str, Any], prompt_ids: Iterable[str]) -> bool:
+    """Return whether a folder is finished, made with these settings, and has every prompt's row.
+
+    Such a folder is left as it is: what was made from it names it by its manifest.
+    """
+    if not (folder / MANIFEST).is_file() or changed_setting(folder, record) is not None:
+        return False
+    with contextlib.closing(finished_prompts(folder)) as done:
+        return all(prompt_id in done for prompt_id in prompt_ids)
 
 
 @dataclass(slots=True, kw_only=True)

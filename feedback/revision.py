@@ -24,7 +24,7 @@ from feedback.budget import Budget, Price, engine_price
 from feedback.config import EngineOptions, at_least, recipe_of
 from feedback.constitution import load_constitution
 from feedback.errors import RecipeError
-from feedback.estimate import Estimate, finished_prompts
+from feedback.estimate import Estimate, finished_prompts, needs_nothing
 from feedback.inputs import checked_candidates
 from feedback.labeling_setup import candidates_sha256
 from feedback.progress import ProgressBar, say
@@ -125,6 +125,10 @@ def run(options: ReviseOptions) -> None:
         **asdict(_plan(options)),
     }
     make_way(options.out, record, options.on_change)
+    asked = (row.prompt_id for row in checked_candidates(options.candidates) if row.completions)
+    if needs_nothing(options.out, record, asked):
+        say(f"{options.out} is finished: nothing to revise")
+        return
     budget = Budget(
         price=price,
         batch=options.engine.backend == "batch",

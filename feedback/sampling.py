@@ -22,7 +22,7 @@ from feedback.budget import Budget, Price, engine_price
 from feedback.config import EngineOptions, at_least, recipe_of
 from feedback.draws import DrawPlan, Stage
 from feedback.errors import InputError, RecipeError
-from feedback.estimate import Estimate, finished_prompts
+from feedback.estimate import Estimate, finished_prompts, needs_nothing
 from feedback.inputs import read_prompts
 from feedback.progress import say
 from feedback.records import Candidates, Prompt
@@ -138,6 +138,9 @@ def run(options: SampleOptions) -> None:
         return
     record = _run_record(options, source)
     make_way(options.out, record, options.on_change)
+    if needs_nothing(options.out, record, (row.prompt_id for row in _rows(source, options.limit))):
+        say(f"{options.out} is finished: nothing to sample")
+        return
     budget = Budget(max_cost=options.max_cost, max_calls=options.max_calls)
     sampling = SamplingRun(
         options.out,

@@ -215,8 +215,8 @@ class SamplingRun:
             after.append(row)
             return
         if not row.completions:
+            # Not set aside: where this run is stopped, the next one asks for it again.
             self.counts["failed"] += 1
-            after.append(row)
             return
         wanted = sum(stage.wanted for stage in self.stages if stage.attempt == 0)
         self.counts["short"] += len(row.completions) < wanted

@@ -177,6 +177,16 @@ def test_where_every_prompt_failed_the_run_fails_and_can_be_repeated(tmp_path, r
     assert [row.prompt_id for row in revise(tmp_path)] == ["p1", "p2"]
 
 
+def test_a_finished_folder_stays_as_it_is(tmp_path, reviewer):
+    revise(tmp_path)
+    folder = tmp_path / "revised"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    reviewer.append(Reviewer())
+    revise(tmp_path)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert reviewer[-1].asked == []
+
+
 def test_another_seed_needs_another_folder(tmp_path, reviewer):
     revise(tmp_path)
     folder = tmp_path / "revised"

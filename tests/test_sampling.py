@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -443,6 +444,65 @@ def test_a_limit_stops_cleanly_and_the_next_run_goes_on(
     assert stops > 2
     assert len(asked) == len(set(asked)) == 28
     assert rows_of(tmp_path / "candidates") == rows_of(tmp_path / "whole")
+
+
+def test_a_prompt_that_failed_before_a_limit_is_asked_again(
+    tmp_path: Path, policies: dict[str, ScriptedPolicy]
+) -> None:
+    policies["a"] = ScriptedPolicy(
+        "a", lambda call, number: None if call.messages[0]["content"] == "Q0" else "good"
+    )
+    with pytest.raises(BudgetExceeded):
+        sampling.run(options(tmp_path, completions=1, refills=0, max_calls=3))
+    policies["a"] = ScriptedPolicy("a", unique)
+    sampling.run(options(tmp_path, completions=1, refills=0))
+    assert set(rows_of(tmp_path / "candidates")) == {f"p{number}" for number in range(7)}
+    assert len(policies["a"].calls) == 5
+
+
+def test_attempts_that_gave_nothing_count_towards_the_limit(
+    tmp_path: Path, policies: dict[str, ScriptedPolicy]
+) -> None:
+    class Wasteful(ScriptedPolicy):
+        on_waste: Callable[[str, Usage], bool]
+
+        def __init__(self) -> None:
+            super().__init__("a", unique)
+            self.on_waste = lambda call_id, usage: True
+            self.again: list[bool] = []
+
+        def reply(self, call: SampleCall) -> SampleReply:
+            wasted = Usage(prompt_tokens=500)
+            self.again.append(self.on_waste(call.call_id, wasted))
+            reply = super().reply(call)
+            return dataclasses.replace(reply, usage=reply.usage + wasted)
+
+    policies["a"] = policy = Wasteful()
+    paid: dict[str, Any] = {
+        "engine": PAID["engine"],
+        "prices": prices_of(tmp_path),
+        "max_tokens": 20,
+    }
+    paid["completions"] = 1
+    with pytest.raises(BudgetExceeded, match=r"--max-cost \$2 with 3 calls .* \$2.1300 spent"):
+        sampling.run(options(tmp_path, max_cost=2.0, **paid))
+    assert policy.again == [True, True, False]
+
+
+def test_a_finished_folder_stays_as_it_is(
+    tmp_path: Path, policies: dict[str, ScriptedPolicy], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was judged names it by its manifest, which must not change."""
+    policies["a"] = ScriptedPolicy("a", unique)
+    sampling.run(options(tmp_path))
+    folder = tmp_path / "candidates"
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    assert read_manifest(folder)["drawn"]["drawn"] == 28
+    again = EngineOptions(model="a", batch_tokens=1000)
+    sampling.run(options(tmp_path, engine=again, max_calls=1))
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert "is finished: nothing to sample" in capsys.readouterr().out
+    assert len(policies["a"].calls) == 7
 
 
 def test_limits_that_cannot_be_kept_are_refused_before_anything_is_asked(

@@ -305,8 +305,11 @@ def test_the_engine_runs_in_a_fresh_process(in_process: dict[str, Any]) -> None:
 
 
 def test_calls_are_read_ahead_but_not_all_at_once(in_process: dict[str, Any]) -> None:
-    """A small block, one to be queued behind it and one being tokenised, of 240 calls."""
-    assert in_process["taken"] == 8 + 64 + 64
+    """A small block, one to be queued behind it, and one for each thread that tokenises."""
+    threads = min(8, os.cpu_count() or 1)
+    fewest = 8 + 32 * (threads + 1)
+    # One more where tokenising was done before the engine's first step.
+    assert in_process["taken"] in (min(fewest, 240), min(fewest + 32, 240))
 
 
 def test_sampling_is_seeded(in_process: dict[str, Any]) -> None:
