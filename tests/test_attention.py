@@ -217,7 +217,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
             num_local_experts=2,
             num_experts_per_tok=1,
         ),
-        "apart",
+        "attention sinks",
     ),
     "bloom": (BloomConfig(vocab_size=97, hidden_size=48, n_layer=2, n_head=3), "fails"),
     "mamba": (MambaConfig(vocab_size=97, hidden_size=48, num_hidden_layers=2), "fails"),

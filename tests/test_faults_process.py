@@ -177,7 +177,7 @@ def test_interrupted_from_the_keyboard(
 ) -> None:
     """Ctrl-C: no traceback, what was answered is on disk, and the run can be continued."""
     out = tmp_path / "out"
-    with FaultProxy(latency_s=0.05) as proxy:
+    with FaultProxy(latency_s=0.3) as proxy:
         process = start(candidates, out, proxy.base_url, cache)
         while not verdicts_begun(out) and process.poll() is None:
             time.sleep(0.01)

@@ -281,6 +281,11 @@ def enable_packing(model: Any) -> None:
     """
     base = base_model(model)
     check_supported(base.config)
+    if any(name.endswith(".sinks") for name, _ in base.named_parameters()):
+        raise InputError(
+            f"model type {base.config.model_type!r} has attention sinks, which packed rows do not "
+            "reproduce; use another model, or --engine trl where the command has it"
+        )
     try:
         base.set_attn_implementation(NAME)
     except ValueError as error:
