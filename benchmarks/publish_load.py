@@ -26,8 +26,9 @@ from typing import Any
 
 from result_file import RESULTS, cpu, write_result
 
+from feedback.installed import package_versions
 from feedback.records import Preference, content_id
-from feedback.shards import ShardWriter, package_versions
+from feedback.shards import ShardWriter
 
 ROOT = Path(__file__).parent.parent
 TEXT = (

@@ -28,12 +28,12 @@ from result_file import RESULTS, cpu, write_result
 from feedback.agreement import accuracy_halves, cohen_kappa, leave_one_out
 from feedback.bias import length_section
 from feedback.consistency import repeat_agreement
+from feedback.installed import package_versions
 from feedback.intervals import Estimate, Resampler, nothing, proportion
 from feedback.observations import Pairs
 from feedback.outcomes import outcome_section
 from feedback.position import position_section
 from feedback.selfpreference import self_preference_section
-from feedback.shards import package_versions
 from feedback.simulation import Planted, simulate
 
 

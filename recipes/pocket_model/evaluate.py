@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from feedback.installed import package_versions
 from feedback.pocket import model_path
-from feedback.shards import package_versions, write_json
+from feedback.shards import write_json
 from recipes.pocket_model.bookings import good_reply, make_booking
 from recipes.pocket_model.contests import Contest, booking_contest, dialogue_contest
 from recipes.pocket_model.details import collect_details
