@@ -245,7 +245,8 @@ def _from_scratch(shape: ModelShape, tokenizer: Any, seed: int) -> Any:
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Draw new weights from ``seed``, and leave the process's own random state as it was."""
-    with torch.random.fork_rng(devices=[]):
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
 
