@@ -54,6 +54,10 @@ def main():
     this.sampler.sync = sync
     moved = ppo.roll_out(this, 1)
     found["gaps"].append(gap(moved))
+    try:
+        this.sampler.sample([[5] * 500], seeds=[0], n=1, plan=this.plan)
+    except RlaifError as error:
+        found["refused"] = str(error)
     found["moved"] = float((moved.logprobs - moved.ref_logprobs).abs().max())
     found["ended"] = [
         [ids[-1] == 1 for group in moved.groups for ids in group.completions],
@@ -114,6 +118,7 @@ def test_vllm_samples_from_the_policy_as_it_stands(
     assert max(found["gaps"]) < 2e-3
     assert found["moved"] > 0.1  # the second rollout came from weights far from the first's
     assert "weights are not the policy's" in found["stale"]
+    assert found["refused"].startswith("vLLM failed to sample")
     assert found["repeats"]
     assert found["differs"]
     assert found["ended"][0] == found["ended"][1]

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from feedback.backends.vllm_faults import engine_errors
 from feedback.errors import BackendError
 from train.models import base_model
 from train.sampler import Sample, SamplingPlan, TokenIds
@@ -114,15 +115,22 @@ class VllmSampler:
         """Return ``n`` completions of each prompt, in order.
 
         Raises:
-            BackendError: ``sync`` was not called since the engine went to sleep.
+            BackendError: ``sync`` was not called since the engine went to sleep, or vLLM failed.
         """
         if not self.awake:
             raise BackendError("vLLM is asleep and has no weights: call sync before sample")
-        outputs = self.engine.generate(
-            [{"prompt_token_ids": list(map(int, ids))} for ids in prompts],
-            [self._parameters(seed, n, plan) for seed in seeds],
-            use_tqdm=False,
-        )
+        errors = engine_errors()
+        try:
+            outputs = self.engine.generate(
+                [{"prompt_token_ids": list(map(int, ids))} for ids in prompts],
+                [self._parameters(seed, n, plan) for seed in seeds],
+                use_tqdm=False,
+            )
+        except (*errors.refused, *errors.died) as error:
+            raise BackendError(
+                f"vLLM failed to sample: {error}; lower --vllm-memory if it ran out of memory, and "
+                "run the command again to continue from the last checkpoint"
+            ) from error
         found = [
             [_sample(output) for output in sorted(request.outputs, key=lambda one: one.index)]
             for request in outputs
