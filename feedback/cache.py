@@ -3,7 +3,7 @@
 The key is the judge, the messages as sent, the sampling settings and the offered choices; the value
 is the engine's reply. A changed pairing, a second run or a widened set of candidates never pays
 twice for the same call. Failures are not kept. Several processes may share one file: each reply is
-a transaction of its own (12 microseconds more than in a batch), so that the file is never locked
+a transaction of its own, so that the file is never locked
 for longer, and a killed process leaves every reply behind that it had put in.
 """
 

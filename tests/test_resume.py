@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from feedback.errors import InputError
 from tests.preference_rows import preferences, write_rows
+from train import results
 from train.config import DpoOptions
 from train.dpo import run
 from train.trainer import newest_checkpoint
@@ -168,6 +169,28 @@ def test_data_and_starting_weights_are_known_by_their_content(
     shutil.copy(tmp_path / "once" / "model.safetensors", model / "model.safetensors")
     run(chosen)
     assert "replaces a finished run (weights_identity differ)" in capsys.readouterr().err
+
+
+def test_data_that_change_while_a_run_trains_are_other_data(
+    tmp_path: Path,
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    chosen = options(tmp_path, tiny_model, "once", save_every=0, max_steps=1)
+    data, save = Path(chosen.data[0]), results._save
+
+    def edit_too(*arguments: Any) -> None:
+        save(*arguments)
+        data.write_text(data.read_text().replace("I need a", "I want a"))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(results, "_save", edit_too)
+        run(chosen)
+    run(chosen)
+    said = capsys.readouterr()
+    assert "complete already" not in said.out
+    assert "replaces a finished run (data_identity differ)" in said.err
 
 
 SCRIPT = """

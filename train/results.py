@@ -40,7 +40,7 @@ from train.models import (
 )
 from train.trainer import Objective, PackedTrainer, newest_checkpoint
 
-__all__ = ["Trained", "announce", "conclude", "finished", "fit"]
+__all__ = ["Trained", "announce", "conclude", "finished", "fit", "run_identity"]
 
 # Options that change where or how fast a run goes, not what it computes; and how an ensemble's
 # scores are combined, which no member's training knows of.
@@ -101,10 +101,11 @@ def fit(
     started = time.perf_counter()
     output = options.output
     require_context(base_model(model).config, [*groups, *eval_groups])
+    identity = run_identity(options)
     output.mkdir(parents=True, exist_ok=True)
     state = PartialState(cpu=resolve_device(options.device) == "cpu")
     with state.main_process_first():
-        checkpoint = _checkpoint(options, command, write=state.is_main_process)
+        checkpoint = _checkpoint(options, command, identity, write=state.is_main_process)
     trainer = PackedTrainer(
         model=model,
         options=options,
@@ -122,6 +123,7 @@ def fit(
     return conclude(
         options,
         command=command,
+        identity=identity,
         trainer=trainer,
         figures=figures,
         seconds=time.perf_counter() - started,
@@ -134,6 +136,7 @@ def conclude(
     options: TrainOptions,
     *,
     command: str,
+    identity: dict[str, Any],
     trainer: Any,
     figures: dict[str, Any],
     seconds: float,
@@ -145,6 +148,8 @@ def conclude(
     Args:
         options: of the run.
         command: its name.
+        identity: from ``run_identity``, as it was before the training: data or a model that changed
+            meanwhile are others.
         trainer: after training.
         figures: speed and evaluation.
         seconds: what the run took.
@@ -159,7 +164,7 @@ def conclude(
     }
     _save(trainer, options)
     if trainer.is_world_process_zero():
-        _record(options, command, figures, report, extra or {})
+        _record(options, command, identity, figures, report, extra or {})
     return Trained(options.output, figures, _line(command, figures, options.output))
 
 
@@ -175,17 +180,13 @@ def finished(options: TrainOptions, command: str) -> Trained | None:
     if not options.resume or not path.is_file():
         return None
     record = json.loads(path.read_text(encoding="utf-8"))
-    if record.get("fingerprint") != _fingerprint(options, command):
+    if record.get("fingerprint") != content_id(command, run_identity(options)):
         return None
     return Trained(options.output, record["figures"], f"{options.output} is complete already")
 
 
-def _fingerprint(options: TrainOptions, command: str) -> str:
-    """Return the hash of all that decides the run's result: options, data, starting weights."""
-    return content_id(command, _identity(options))
-
-
-def _identity(options: TrainOptions) -> dict[str, Any]:
+def run_identity(options: TrainOptions) -> dict[str, Any]:
+    """Return all that decides the run's result: options, data, starting weights."""
     values = {k: v for k, v in dataclasses.asdict(options).items() if k not in _FREE}
     values["data_identity"] = [source_identity(Path(source)) for source in options.data]
     values["eval_data_identity"] = [source_identity(Path(source)) for source in options.eval_data]
@@ -198,11 +199,13 @@ def _identity(options: TrainOptions) -> dict[str, Any]:
     return json.loads(json.dumps(values, default=str, sort_keys=True))
 
 
-def _checkpoint(options: TrainOptions, command: str, *, write: bool) -> Path | None:
+def _checkpoint(
+    options: TrainOptions, command: str, identity: dict[str, Any], *, write: bool
+) -> Path | None:
     """Return the checkpoint to continue from; ``write``: note whose run this folder is."""
     folder = options.output / "checkpoints"
     path = options.output / "run.json"
-    identity = {"command": command, **_identity(options)}
+    identity = {"command": command, **identity}
     changed = []
     if path.is_file():
         known = json.loads(path.read_text(encoding="utf-8"))
@@ -275,14 +278,16 @@ def _make_whole(options: TrainOptions, folder: Path) -> None:
 def _record(
     options: TrainOptions,
     command: str,
+    identity: dict[str, Any],
     figures: dict[str, Any],
     report: DataReport,
     extra: dict[str, Any],
 ) -> None:
-    sources = [_source_record(Path(source)) for source in options.data]
+    known = zip(options.data, identity["data_identity"], strict=True)
+    sources = [_source_record(Path(source), found) for source, found in known]
     record = {
         "command": command,
-        "fingerprint": _fingerprint(options, command),
+        "fingerprint": content_id(command, identity),
         "options": json.loads(json.dumps(dataclasses.asdict(options), default=str)),
         "base_model": resolve_model(options.model),
         "data": sources,
@@ -295,8 +300,8 @@ def _record(
     write_json(options.output / RECORD, record)
 
 
-def _source_record(source: Path) -> dict[str, Any]:
-    record: dict[str, Any] = {"source": str(source), "identity": source_identity(source)}
+def _source_record(source: Path, identity: str) -> dict[str, Any]:
+    record: dict[str, Any] = {"source": str(source), "identity": identity}
     if source.is_dir() and (source / MANIFEST).is_file():
         manifest = read_manifest(source)
         record["rows"] = manifest["rows"]

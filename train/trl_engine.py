@@ -36,7 +36,7 @@ from train.models import (
 )
 from train.optimizer import Schedule
 from train.progress import LossCurve, Progress
-from train.results import announce, conclude, finished
+from train.results import announce, conclude, finished, run_identity
 from train.reward_model import merge_adapters, start_reward_model
 from train.trainer import packing_of
 from train.training_data import read_training_data, warn_of_repeats
@@ -410,6 +410,7 @@ def _train(
 
     started = time.perf_counter()
     require_context(base_model(model).config, [*data.groups, *data.held_out])
+    identity = run_identity(options)
     options.output.mkdir(parents=True, exist_ok=True)
     made = [rows(group) for group in data.groups]
     ends = list(itertools.accumulate(map(len, made)))
@@ -435,6 +436,7 @@ def _train(
     trained = conclude(
         options,
         command=command,
+        identity=identity,
         trainer=trainer,
         figures=figures,
         seconds=seconds,
