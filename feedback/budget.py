@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from feedback.backends import Backend, Charging, JudgeCall, SampleCall
-from feedback.config import EngineOptions
+from feedback.config import ENDPOINTS, EngineOptions
 from feedback.errors import BudgetExceeded, InputError, nearest
 from feedback.records import Message, Usage
 from feedback.templates import prompts_folder
-from feedback.unread import PAID
 
 __all__ = [
     "Budget",
@@ -102,7 +101,7 @@ def engine_price(
     Raises:
         InputError: the price is unknown, and there is a limit on cost.
     """
-    paid = engine.backend in PAID
+    paid = engine.backend in ENDPOINTS
     price = find_price(engine.model, prices) if paid else None
     if paid and price is None and max_cost is not None:
         where = prices or "prompts/prices.toml"

@@ -3,8 +3,8 @@
 The key is the judge, the messages as sent, the sampling settings and the offered choices; the value
 is the engine's reply. A changed pairing, a second run or a widened set of candidates never pays
 twice for the same call. Failures are not kept. Several processes may share one file: each reply is
-a transaction of its own, so that the file is never locked
-for longer, and a killed process leaves every reply behind that it had put in.
+a transaction of its own, so that the file is never locked for longer, and a killed process leaves
+every reply behind that it had put in.
 """
 
 from __future__ import annotations

@@ -18,6 +18,8 @@ from urllib.parse import urlsplit, urlunsplit
 from feedback.errors import RecipeError, nearest
 
 __all__ = [
+    "ENDPOINTS",
+    "BackendName",
     "EngineOptions",
     "above",
     "at_least",
@@ -32,11 +34,16 @@ __all__ = [
 Options = TypeVar("Options")
 
 
+BackendName = Literal["transformers", "openai", "vllm", "batch", "replay"]
+ENDPOINTS: tuple[BackendName, ...] = ("openai", "batch")
+"""Engines that send requests to a server, which may cost money; the others run in this process."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
     """Which model runs, and on which engine."""
 
-    backend: Literal["transformers", "openai", "vllm", "batch", "replay"] = "transformers"
+    backend: BackendName = "transformers"
     """Engine: transformers and vllm run in process; openai is any OpenAI-compatible endpoint; batch
     is the OpenAI Batch API; replay answers from recorded verdicts."""
     model: str = "pocket:judge"

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from feedback.backends.identity import identity_of
 from feedback.backends.opening import local_revision, resolve_model
 from feedback.budget import Price, estimate_tokens
+from feedback.config import ENDPOINTS
 from feedback.judge import Question
 from feedback.judge_options import JudgeOptions
-from feedback.labeling_setup import LOCAL_ENGINES, Member, Work, plain_judge, price_of
+from feedback.labeling_setup import Member, Work, plain_judge, price_of
 from feedback.progress import say
 from feedback.questions import QuestionPlan, expected_questions
 from feedback.records import Candidates, Verdict
@@ -67,7 +68,7 @@ def _index_of_folder(
     record = run_record(options, members, plain_judge(options, plans[0].template, identity))
     # Who judges is known in full (whose records, which revision on the Hub) only once it is open.
     later = options.engine.backend == "replay" or (
-        options.engine.backend in LOCAL_ENGINES and files is None
+        options.engine.backend not in ENDPOINTS and files is None
     )
     changed = changed_setting(options.out, record, leave_out=("judge",) if later else ())
     if changed is None:
@@ -147,7 +148,7 @@ def _say_judge(options: JudgeOptions, found: _Estimate, price: Price | None, wor
         f"about {found.prompt_tokens} prompt tokens (estimated at 4 characters each) and at most "
         f"{found.reply_tokens} reply tokens"
     )
-    if options.engine.backend in LOCAL_ENGINES:
+    if options.engine.backend not in ENDPOINTS:
         say("price: none, the judge runs on this machine")
     elif price is None:
         say(f"price: unknown; add {options.engine.model!r} to the price table to see it")
@@ -162,7 +163,7 @@ def _say_total(
     unknown = [
         member.options.engine.model
         for member, price in zip(members, prices, strict=True)
-        if price is None and member.options.engine.backend not in LOCAL_ENGINES
+        if price is None and member.options.engine.backend in ENDPOINTS
     ]
     cost = sum(found.cost for found in estimates)
     beside = f" and the unknown price of {', '.join(unknown)}" if unknown else ""

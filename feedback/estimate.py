@@ -12,10 +12,9 @@ import msgspec
 
 from feedback.backends import SampleCall
 from feedback.budget import Price, call_tokens
-from feedback.config import EngineOptions
+from feedback.config import ENDPOINTS, EngineOptions
 from feedback.run_folder import changed_setting
 from feedback.shards import MANIFEST, shard_paths, whole_lines
-from feedback.unread import PAID
 from feedback.verdict_index import SeenIds
 
 __all__ = ["Estimate", "finished_prompts", "needs_nothing"]
@@ -74,7 +73,7 @@ class Estimate:
             f"about {self.prompt_tokens} prompt tokens (estimated at 4 characters each) and at "
             f"most {self.reply_tokens} tokens of completions"
         )
-        if self.engine.backend not in PAID:
+        if self.engine.backend not in ENDPOINTS:
             yield "price: none, the model runs on this machine"
         elif self.price is None:
             yield f"price: unknown; add {self.engine.model!r} to the price table to see it"

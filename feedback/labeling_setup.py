@@ -13,6 +13,7 @@ from feedback.backends.identity import identity_of
 from feedback.backends.opening import check_openable
 from feedback.budget import Budget, Price, engine_price
 from feedback.cache import ReplyCache
+from feedback.config import ENDPOINTS
 from feedback.constitution import load_constitution
 from feedback.errors import InputError, RecipeError, TemplateError
 from feedback.inputs import checked_candidates
@@ -32,13 +33,11 @@ from feedback.unread import (
     BY_BACKEND,
     BY_KIND,
     BY_MODE,
-    PAID,
     check_engine,
     refuse_unread,
 )
 
 __all__ = [
-    "LOCAL_ENGINES",
     "Member",
     "Work",
     "all_questions",
@@ -54,9 +53,6 @@ __all__ = [
     "question_plan",
     "survey",
 ]
-
-# Engines that run in this process, whose replies cost nothing but time.
-LOCAL_ENGINES = ("transformers", "vllm", "replay")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +138,7 @@ def _mode(template: Template) -> str:
 
 def _answer(options: JudgeOptions, template: Template) -> str:
     """Return what can differ when a question is asked once more."""
-    if options.engine.backend in PAID:
+    if options.engine.backend in ENDPOINTS:
         return "an endpoint's"
     reads_text = options.read == "text" or not template.reads_labels
     return "sampled text" if options.temperature > 0 and reads_text else "always the same"
@@ -196,7 +192,7 @@ def check_tokenizer(options: JudgeOptions) -> None:
         RecipeError: as said.
     """
     engine = options.engine
-    counts = engine.backend in LOCAL_ENGINES or "tokenizer" in engine.extra
+    counts = engine.backend not in ENDPOINTS or "tokenizer" in engine.extra
     if options.max_prompt_tokens is not None and not counts:
         raise RecipeError(
             f"max_prompt_tokens needs the judge's tokenizer, which backend {engine.backend!r} does "
@@ -364,7 +360,7 @@ def make_budget(options: JudgeOptions) -> Budget:
 
 def open_cache(options: JudgeOptions, judge: Judge) -> ReplyCache | None:
     """Open the file of earlier replies, where the options ask for one."""
-    local = options.engine.backend in LOCAL_ENGINES
+    local = options.engine.backend not in ENDPOINTS
     if options.cache == "none" or (options.cache == "auto" and local):
         return None
     path = options.out.parent / "replies.sqlite"

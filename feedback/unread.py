@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from feedback.config import EngineOptions
+from feedback.config import ENDPOINTS, BackendName, EngineOptions
 from feedback.errors import RecipeError
 
 __all__ = [
@@ -19,15 +19,12 @@ __all__ = [
     "BY_KIND",
     "BY_MODE",
     "ENGINE",
-    "PAID",
     "Reads",
     "check_engine",
     "engine_on",
     "refuse_unread",
 ]
 
-BackendName = Literal["transformers", "openai", "vllm", "batch", "replay"]
-PAID = ("openai", "batch")
 _IN_PROCESS = ("transformers", "vllm")
 
 
@@ -46,11 +43,11 @@ ENGINE = Reads(
     "backend",
     "engine.backend",
     {
-        "revision": (*_IN_PROCESS, *PAID),
-        "base_url": PAID,
-        "api_key_env": PAID,
-        "timeout_s": PAID,
-        "max_retries": PAID,
+        "revision": (*_IN_PROCESS, *ENDPOINTS),
+        "base_url": ENDPOINTS,
+        "api_key_env": ENDPOINTS,
+        "timeout_s": ENDPOINTS,
+        "max_retries": ENDPOINTS,
         "concurrency": ("openai",),
         "requests_per_minute": ("openai",),
         "tokens_per_minute": ("openai",),
@@ -64,10 +61,10 @@ ENGINE = Reads(
         "gpu_memory": ("vllm",),
         "enforce_eager": ("vllm",),
         "replay_from": ("replay",),
-        "extra": (*_IN_PROCESS, *PAID),
+        "extra": (*_IN_PROCESS, *ENDPOINTS),
     },
 )
-BY_BACKEND = Reads("backend", "engine.backend", {"max_cost": PAID, "prices": PAID})
+BY_BACKEND = Reads("backend", "engine.backend", {"max_cost": ENDPOINTS, "prices": ENDPOINTS})
 BY_KIND = Reads(
     "a template of kind",
     "the template",

@@ -32,7 +32,7 @@ from feedback.backends.batch_state import (
 from feedback.backends.chat_bodies import Bodies, Dialect
 from feedback.backends.chat_replies import error_message, read_judge, read_sample
 from feedback.backends.extras import HostedExtra, extra_of, load_tokenizer
-from feedback.backends.http import split_url
+from feedback.backends.http import OPENAI_URL, split_url
 from feedback.backends.identity import identity_of
 from feedback.backends.openai import OpenAIBackend
 from feedback.backends.redacting import Redactor, secrets_of
@@ -42,7 +42,6 @@ from feedback.errors import BackendError
 
 __all__ = ["BatchBackend", "BatchExtra", "open_engine"]
 
-_OPENAI = "https://api.openai.com/v1"
 Call = TypeVar("Call", JudgeCall, SampleCall)
 Reply = TypeVar("Reply", JudgeReply, SampleReply)
 
@@ -334,7 +333,7 @@ def settings_of(options: EngineOptions) -> BatchSettings:
         RecipeError: ``extra`` holds an unknown key, or one that does nothing.
     """
     extra = extra_of(BatchExtra, options)
-    url = split_url(options.base_url or _OPENAI)
+    url = split_url(options.base_url or OPENAI_URL)
     key = os.environ.get(options.api_key_env)
     if not key and options.base_url is None:
         raise BackendError(f"the Batch API needs a key: set {options.api_key_env}")

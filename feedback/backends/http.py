@@ -18,7 +18,10 @@ from feedback.backends.redacting import Redactor
 from feedback.backends.retrying import RequestFailed, failure_of_status, retry_after_seconds
 from feedback.errors import BackendError
 
-__all__ = ["HttpTransport", "Transport", "needs_proxy", "split_url"]
+__all__ = ["OPENAI_URL", "HttpTransport", "Transport", "needs_proxy", "split_url"]
+
+OPENAI_URL = "https://api.openai.com/v1"
+"""Where requests go without a base_url."""
 
 
 class Transport(Protocol):

@@ -11,14 +11,13 @@ from __future__ import annotations
 from typing import Any
 from urllib.parse import SplitResult
 
-from feedback.backends.http import split_url
+from feedback.backends.http import OPENAI_URL, split_url
 from feedback.backends.opening import local_revision, resolve_model
-from feedback.config import EngineOptions
+from feedback.config import ENDPOINTS, EngineOptions
 from feedback.records import JudgeIdentity, content_id
 
 __all__ = ["endpoint_name", "engine_record", "identity_of", "reply_settings"]
 
-_ENDPOINTS = ("openai", "batch")
 # Arguments of the in-process engines that set speed and memory, not what is said.
 _SPEED = frozenset(
     {
@@ -55,7 +54,7 @@ def identity_of(options: EngineOptions, *, revision: str | None = None) -> Judge
 
 def endpoint_name(options: EngineOptions) -> str | None:
     """Return the name of an endpoint's server: its host, or what ``extra.server`` says."""
-    if options.backend not in _ENDPOINTS:
+    if options.backend not in ENDPOINTS:
         return None
     return options.extra.get("server") or _url(options).hostname or ""
 
@@ -83,7 +82,7 @@ def reply_settings(options: EngineOptions) -> dict[str, Any]:
     """
     if options.backend == "replay":
         return {}
-    found = _of_endpoint(options) if options.backend in _ENDPOINTS else _of_process(options)
+    found = _of_endpoint(options) if options.backend in ENDPOINTS else _of_process(options)
     return {key: value for key, value in found.items() if value}
 
 
@@ -108,7 +107,7 @@ def _of_process(options: EngineOptions) -> dict[str, Any]:
 
 
 def _url(options: EngineOptions) -> SplitResult:
-    return split_url(options.base_url or "https://api.openai.com/v1")
+    return split_url(options.base_url or OPENAI_URL)
 
 
 def _plain(value: Any) -> Any:

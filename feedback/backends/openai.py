@@ -22,7 +22,7 @@ from feedback.backends import Capabilities, JudgeCall, JudgeReply, SampleCall, S
 from feedback.backends.chat_bodies import Bodies, Dialect
 from feedback.backends.chat_replies import SampleReading, read_judge, read_sample
 from feedback.backends.extras import HostedExtra, extra_of, load_tokenizer
-from feedback.backends.http import HttpTransport, Transport, needs_proxy, split_url
+from feedback.backends.http import OPENAI_URL, HttpTransport, Transport, needs_proxy, split_url
 from feedback.backends.identity import identity_of
 from feedback.backends.limits import Gate, GateState
 from feedback.backends.probing import probe, served_length
@@ -37,7 +37,6 @@ __all__ = ["EndpointExtra", "OpenAIBackend", "open_engine"]
 
 Reading = TypeVar("Reading")
 _NO_USAGE = Usage()
-_OPENAI = "https://api.openai.com/v1"
 _HOSTED = (
     "openai.com",
     "azure.com",
@@ -156,7 +155,7 @@ class OpenAIBackend:
             )
         else:
             self._transport = HttpTransport(
-                options.base_url or _OPENAI,
+                options.base_url or OPENAI_URL,
                 key=self._key,
                 timeout_s=options.timeout_s,
                 headers=headers,
@@ -194,7 +193,7 @@ class OpenAIBackend:
         """
         thread = self.open()
         assert self._transport is not None
-        path = split_url(self.options.base_url or _OPENAI).path
+        path = split_url(self.options.base_url or OPENAI_URL).path
         found = thread.run(
             probe(self._transport, self.bodies, labels, endpoint=self._endpoint, path=path)
         )
@@ -387,7 +386,7 @@ def settings_of(options: EngineOptions) -> EndpointSettings:
         RecipeError: ``extra`` holds an unknown key, or one that does nothing.
     """
     extra = extra_of(EndpointExtra, options)
-    url = split_url(options.base_url or _OPENAI)
+    url = split_url(options.base_url or OPENAI_URL)
     key = os.environ.get(options.api_key_env) or None
     host = url.hostname or ""
     hosted = any(host == name or host.endswith(f".{name}") for name in _HOSTED)
