@@ -4,8 +4,8 @@
 
 A random Llama (SmolLM2-360M's shape, output rows of its own: 409M parameters) judges real
 completions in both orders. Weights do not matter for speed; the labels' output rows are tilted so
-that label probabilities are ordinary numbers. Measured, each as the median of ``--repeats`` runs on
-an empty prefix cache:
+that label probabilities are ordinary numbers. Measured, each as the median of several runs on an
+empty prefix cache:
 
 * verdicts/s of the vllm engine, against ``LLM.generate`` on the same token ids and parameters, with
   nothing tokenised, read or yielded;
@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
 import math
 import os
@@ -46,6 +45,7 @@ from feedback.backends.openai import OpenAIBackend
 from feedback.backends.opening import open_backend
 from feedback.backends.vllm import VllmBackend
 from feedback.config import EngineOptions
+from feedback.installed import package_versions
 from feedback.ordering import distinct_completions
 from feedback.records import Candidates
 from feedback.shards import read_rows
@@ -204,6 +204,14 @@ def median(runs: list[dict[str, float]], key: str = "verdicts_per_s") -> float:
     return statistics.median(run[key] for run in runs)
 
 
+def ratio(runs: list[dict[str, float]], others: list[dict[str, float]]) -> float:
+    """Return the median over rounds of one rate over the other."""
+    pairs = zip(runs, others, strict=True)
+    return statistics.median(
+        run["verdicts_per_s"] / other["verdicts_per_s"] for run, other in pairs
+    )
+
+
 def probabilities(replies: Iterable[Any]) -> dict[str, float]:
     """Return P(first label) of each call, among the labels."""
     found = {}
@@ -229,6 +237,7 @@ def in_process(options: argparse.Namespace, model: Path, report: Report) -> dict
             dtype=options.dtype,
             max_model_len=4096,
             enforce_eager=options.eager,
+            gpu_memory=0.5,  # asked for at the start only: --kv-gib says what is taken
             extra={"kv_cache_memory_bytes": int(options.kv_gib * 2**30)},
         )
     )
@@ -242,24 +251,19 @@ def in_process(options: argparse.Namespace, model: Path, report: Report) -> dict
         backend._llm.reset_prefix_cache()
         return run()
 
-    bare = bare_generate(backend, calls)
     shuffled = random.Random(0).sample(calls, len(calls))
-    table: dict[str, list[Any]] = {"ours": [], "bare": [], "shuffled": []}
-    for _ in range(options.repeats):
-        table["bare"].append(fresh(bare))
-        table["ours"].append(fresh(lambda: measure(backend.judge, calls)))
-        table["shuffled"].append(fresh(lambda: measure(backend.judge, shuffled)))
-    report.add(
-        "in_process",
-        table,
-        verdicts_per_s=median(table["ours"]),
-        bare_generate_per_s=median(table["bare"]),
-        ratio_to_bare_generate=median(table["ours"]) / median(table["bare"]),
-        adjacency_speedup=median(table["ours"]) / median(table["shuffled"]),
-        cached_share_adjacent=median(table["ours"], "cached_share"),
-        cached_share_shuffled=median(table["shuffled"], "cached_share"),
-        prompt_tokens_per_verdict=table["ours"][0]["prompt_tokens"] / len(calls),
-    )
+    kinds = {"bare": bare_generate(backend, calls)}
+    kinds["ours"] = lambda: measure(backend.judge, calls)
+    kinds["shuffled"] = lambda: measure(backend.judge, shuffled)
+    table: dict[str, list[Any]] = {name: [] for name in kinds}
+    for number in range(options.repeats):
+        # Every other round the other way round: what drifts meets all of them alike.
+        for name in list(kinds) if number % 2 else reversed(kinds):
+            table[name].append(fresh(kinds[name]))
+        report.add("in_process", table, **in_process_figures(table, len(calls)))
+    if options.in_process_only:
+        backend.close()
+        return {}
     reasons = judge_calls(options.candidates, "pairwise-rationale", options.calls // 4)
     run = fresh(lambda: measure(backend.judge, reasons))
     report.add(
@@ -274,6 +278,19 @@ def in_process(options: argparse.Namespace, model: Path, report: Report) -> dict
     return found
 
 
+def in_process_figures(table: dict[str, list[Any]], calls: int) -> dict[str, float]:
+    """Return rates, and ratios of runs of one round: the machine's own drift is not in them."""
+    return {
+        "verdicts_per_s": median(table["ours"]),
+        "bare_generate_per_s": median(table["bare"]),
+        "ratio_to_bare_generate": ratio(table["ours"], table["bare"]),
+        "adjacency_speedup": ratio(table["ours"], table["shuffled"]),
+        "cached_share_adjacent": median(table["ours"], "cached_share"),
+        "cached_share_shuffled": median(table["shuffled"], "cached_share"),
+        "prompt_tokens_per_verdict": table["ours"][0]["prompt_tokens"] / calls,
+    }
+
+
 @contextlib.contextmanager
 def server(options: argparse.Namespace, model: Path, log: Path) -> Iterator[str]:
     """Run vLLM's server; yield its base URL."""
@@ -282,7 +299,8 @@ def server(options: argparse.Namespace, model: Path, log: Path) -> Iterator[str]
     command += ["--max-model-len", "4096", "--max-logprobs", "20", "--enable-prompt-tokens-details"]
     command += ["--kv-cache-memory-bytes", str(int(options.kv_gib * 2**30))]
     command += ["--enforce-eager"] if options.eager else []
-    if options.api_servers > 1 and _is_installed("vllm"):
+    # The CPU build goes by another name, and its command line trips over that.
+    if options.api_servers > 1 and "vllm" in package_versions():
         start = ["-m", "vllm.entrypoints.cli.main", "serve", str(model)]
         start += ["--api-server-count", str(options.api_servers)]
     else:
@@ -312,14 +330,6 @@ def server(options: argparse.Namespace, model: Path, log: Path) -> Iterator[str]
                 os.killpg(process.pid, 9)
 
 
-def _is_installed(name: str) -> bool:
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False  # the CPU build goes by another name, and its command line trips over that
-    return True
-
-
 def _answers(url: str) -> bool:
     try:
         urllib.request.urlopen(url, timeout=2).close()
@@ -333,9 +343,8 @@ def over_http(
 ) -> None:
     """The lean path against the server."""
     calls = judge_calls(options.candidates, "pairwise", options.calls)
-    log = options.out.with_suffix(".server.log")
     begun = time.perf_counter()
-    with server(options, model, log) as base_url:
+    with server(options, model, options.out.with_suffix(".server.log")) as base_url:
         backend = OpenAIBackend(
             EngineOptions(
                 backend="openai",
@@ -408,11 +417,13 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/judge_gpu.json"))
     parser.add_argument("--shape", choices=sorted(SHAPES), default="409m")
+    parser.add_argument("--model", type=Path, help="judge to measure, instead of a random one")
     parser.add_argument("--parity-model", type=Path, help="pretrained judge for two engines")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--calls", type=int, default=6000)
     parser.add_argument("--compare", type=int, default=400)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--in-process-only", action="store_true")
     parser.add_argument("--kv-gib", type=float, default=16.0)
     parser.add_argument("--concurrency", type=int, default=512)
     parser.add_argument("--api-servers", type=int, default=6)
@@ -420,9 +431,12 @@ def main() -> None:
     options = parser.parse_args()
     report = Report(options.out, options)
     with tempfile.TemporaryDirectory() as folder:
-        model = make_model(Path(folder), options.tokenizer, options.shape, options.dtype)
+        model = options.model or make_model(
+            Path(folder), options.tokenizer, options.shape, options.dtype
+        )
         reference = in_process(options, model, report)
-        over_http(options, model, report, reference)
+        if not options.in_process_only:
+            over_http(options, model, report, reference)
     if options.parity_model:
         by_transformers(options, report)
     print(json.dumps(report.figures, indent=1))

@@ -125,6 +125,7 @@ def train_and_score(
         "average": "pair",
         "max_length": 512,
         "compile": "none",
+        "workers": 0,  # a row of short texts is packed in a millisecond
         "weight_decay": 0.05,
         **setting,
     }

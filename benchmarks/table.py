@@ -72,6 +72,8 @@ LINES = [
     ),
     Line("reward_quality", "ukp_accuracy", "reward model on unseen UKP debates: accuracy", "{:.3f}"),
     Line("reward_quality", "ukp_bag_of_words", "the same, bag of words", "{:.3f}"),
+    Line("reward_quality", "blimp_accuracy", "reward model on unseen BLiMP paradigms: accuracy", "{:.3f}"),
+    Line("reward_quality", "blimp_bag_of_words", "the same, bag of words", "{:.3f}"),
     Line("train_ppo", "speedup_vs_trl112", "PPO: times TRL 1.12, `generate` on both sides", "{:.1f}x"),
     Line("train_ppo", "speedup_vs_trl112_vllm", "PPO with vLLM rollouts: times TRL 1.12", "{:.1f}x"),
     Line("ppo_learning", "win_rate", "PPO, embedded policy, vLLM rollouts: win rate over its start", "{:.3f}"),

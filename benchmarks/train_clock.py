@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from train.batches import StepDataset
 from train.packing import StepPlan
 
-__all__ = ["Clock", "Profile", "measured_peak", "warm_steps"]
+__all__ = ["Clock", "Profile", "kernel_shares", "measured_peak", "warm_steps"]
 
 
 class Clock(TrainerCallback):
@@ -37,33 +37,51 @@ class Clock(TrainerCallback):
 
 
 class Profile(TrainerCallback):
-    """Prints where one step's device time goes."""
+    """Records one step's kernels: ``kernels`` and ``wall_ms`` are there when training ends."""
 
     def __init__(self, step: int):
-        self.step, self.profiler, self.done = step, None, None
+        self.step, self.profiler, self.kernels, self.wall_ms = step, None, [], math.nan
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """React to the event of this name."""
         if state.global_step == self.step:
+            torch.cuda.synchronize()
             activities = [torch.profiler.ProfilerActivity.CUDA]
             self.profiler = torch.profiler.profile(activities=activities)
             self.profiler.__enter__()
+            self.started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """React to the event of this name."""
-        if self.profiler is not None:
-            torch.cuda.synchronize()
-            self.profiler.__exit__(None, None, None)
-            self.done, self.profiler = self.profiler, None
+        if self.profiler is None:
+            return
+        torch.cuda.synchronize()
+        self.wall_ms = 1e3 * (time.perf_counter() - self.started)
+        self.profiler.__exit__(None, None, None)
+        for event in self.profiler.key_averages():
+            ms = event.self_device_time_total / 1e3
+            self.kernels.append({"kernel": event.key[:100], "ms": ms, "calls": event.count})
+        self.kernels.sort(key=lambda row: -row["ms"])
+        self.profiler = None
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """React to the event of this name."""
-        if self.done is not None:
-            table = self.done.key_averages()
-            print(
-                table.table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=75)
-            )
-            self.profiler = None
+
+_KINDS = {
+    "matrix_products": ("nvjet", "gemm", "cutlass", "splitK"),
+    "attention": ("_key_kernel", "_query_kernel", "_forward_kernel", "flash", "flex"),
+    "pointwise_and_norms": ("triton_",),
+    "optimiser_and_copies": ("multi_tensor", "copy", "CUDAFunctor_add", "Memcpy", "foreach"),
+}
+
+
+def kernel_shares(kernels: list[dict[str, Any]], wall_ms: float) -> dict[str, float]:
+    """Return the share of a step's time of each kind of kernel, and of waiting."""
+    sums = dict.fromkeys([*_KINDS, "other"], 0.0)
+    for row in kernels:
+        found = (kind for kind, words in _KINDS.items() if any(w in row["kernel"] for w in words))
+        sums[next(found, "other")] += row["ms"]
+    busy = sum(sums.values())
+    shares = {f"share_{kind}": ms / wall_ms for kind, ms in sums.items()}
+    return shares | {"share_no_kernel": 1 - busy / wall_ms, "step_ms": wall_ms}
 
 
 def measured_peak(device: str) -> float:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from result_file import gpu, write_result
-from train_clock import Clock, Profile, measured_peak, warm_steps
+from train_clock import Clock, Profile, kernel_shares, measured_peak, warm_steps
 from train_peers import authors_rrhf_loss, trl_dpo, trl_reward
 from train_proof import prove
 from train_work import MIXES, SHAPES, build_model, clean, make_groups, word_tokenizer
@@ -95,14 +95,18 @@ def ours(
     )
     warm = clock.warm = warm_steps(trainer.steps, least=warm, steps_timed=args.steps)
     trainer.args.max_steps = warm + args.steps
-    if args.profile and cuda and name == "dpo" and not changes:
-        trainer.add_callback(Profile(warm - 1))  # before the clock starts
+    profile = Profile(warm - 1)  # before the clock starts
+    if args.profile and cuda:
+        trainer.add_callback(profile)
     built = time.perf_counter()
     trainer.train()
     plan = [plan for epoch in range(100) for plan in trainer.steps.plan(epoch)]
     timed = [groups[i] for step in plan[warm : warm + args.steps] for row in step.rows for i in row]
     figures = rates(args, model, timed, clock.seconds, shared=True)
     figures |= {"compile_s": clock.started - built, "row_tokens": args.row_tokens}
+    if profile.kernels:
+        figures["profile"] = kernel_shares(profile.kernels, profile.wall_ms)
+        figures["kernels"] = profile.kernels[:30]
     return figures | prepared
 
 
@@ -215,62 +219,39 @@ Job = tuple[str, Callable[[], dict[str, Any]]]
 def jobs(args: argparse.Namespace) -> list[Job]:
     """Return the named jobs, most important first."""
     batches = args.batches or {"362m": (16, 32), "1500m": (4, 8), "tiny": (4,)}[args.shape]
-    flex = args.device == "cuda"
-    listed: list[Job] = [("ours dpo", lambda: ours("dpo", args))]
+    cuda = args.device == "cuda"
+    listed: list[Job] = []
+
+    def mine(job: str, name: str, **changes: Any) -> None:
+        listed.append((f"ours {job}", lambda: ours(name, args, **changes)))
+
+    def peer(name: str, level: str, batch: int, attention: str) -> None:
+        settings = {"batch": batch, "best": level == "best", "attention": attention}
+        kernel = f" {attention}" if level == "best" else ""
+        job = f"trl {name} {level} batch {batch}{kernel}"
+        listed.append((job, lambda: theirs(name, args, **settings)))
+
+    mine("dpo", "dpo")
     for batch in batches:
-        kind = "flex_attention" if flex else "sdpa"
-        listed.append(
-            (
-                f"trl dpo best batch {batch} {kind}",
-                lambda b=batch, k=kind: theirs("dpo", args, batch=b, best=True, attention=k),
-            )
-        )
+        peer("dpo", "best", batch, "flex_attention" if cuda else "sdpa")
     for budget in LEAN_BUDGETS:
-        listed.append(
-            (
-                f"ours dpo budget {budget}",
-                lambda b=budget: ours("dpo", args, activation_budget=b),
-            )
-        )
-    listed.append(
-        ("ours dpo checkpointing", lambda: ours("dpo", args, gradient_checkpointing=True))
-    )
-    listed.append(("ours reward", lambda: ours("reward", args)))
+        mine(f"dpo budget {budget}", "dpo", activation_budget=budget)
+    mine("dpo checkpointing", "dpo", gradient_checkpointing=True)
+    mine("reward", "reward")
     for batch in batches:
-        listed.append(
-            (
-                f"trl reward best batch {batch} sdpa",
-                lambda b=batch: theirs("reward", args, batch=b, best=True, attention="sdpa"),
-            )
-        )
-    listed.append(("ours rrhf k4", lambda: ours("rrhf", args, completions=4)))
-    listed.append(("authors rrhf k4", lambda: authors_rrhf(args, completions=4)))
-    listed.append(
-        (
-            f"trl dpo best batch {batches[0]} sdpa",
-            lambda: theirs("dpo", args, batch=batches[0], best=True, attention="sdpa"),
-        )
-    )
-    listed.append(
-        (
-            f"trl dpo default batch {batches[0]}",
-            lambda: theirs("dpo", args, batch=batches[0], best=False, attention="sdpa"),
-        )
-    )
-    listed.append(
-        (
-            f"trl reward default batch {batches[0]}",
-            lambda: theirs("reward", args, batch=batches[0], best=False, attention="sdpa"),
-        )
-    )
-    for k in (2, 8):
-        listed.append((f"ours rrhf k{k}", lambda k=k: ours("rrhf", args, completions=k)))
+        peer("reward", "best", batch, "sdpa")
+    for k in (4, 2, 8):
+        mine(f"rrhf k{k}", "rrhf", completions=k)
         listed.append((f"authors rrhf k{k}", lambda k=k: authors_rrhf(args, completions=k)))
-    if flex:
-        listed.append(("ours dpo varlen", lambda: ours("dpo", args, attention="varlen")))
-        listed.append(("ours dpo autocast", lambda: ours("dpo", args, precision="autocast")))
-        listed.append(("ours dpo flex", lambda: ours("dpo", args, attention="flex")))
-        listed.append(("ours dpo not shared", lambda: ours("dpo", args, share_prompt=False)))
+    if cuda:
+        peer("dpo", "best", batches[0], "sdpa")
+    peer("dpo", "default", batches[0], "sdpa")
+    peer("reward", "default", batches[0], "sdpa")
+    if cuda:
+        mine("dpo varlen", "dpo", attention="varlen")
+        mine("dpo autocast", "dpo", precision="autocast")
+        mine("dpo flex", "dpo", attention="flex")
+        mine("dpo not shared", "dpo", share_prompt=False)
     return listed
 
 
@@ -362,25 +343,49 @@ def save(args: argparse.Namespace, rows: list[dict[str, Any]], proof: dict[str, 
     suffix = f"{args.shape}_{args.mix}"
     for name in ("dpo", "reward", "rrhf"):
         mine = [row for row in rows if f" {name}" in row["job"]]
-        if not mine:
-            continue
-        path = Path(args.out) / f"train_{name}.json"
-        known = json.loads(path.read_text()) if path.is_file() else {}
-        others = {k: v for k, v in known.get("figures", {}).items() if not k.endswith(suffix)}
-        kept = [
-            r for r in known.get("runs", []) if (r["shape"], r["mix"]) != (args.shape, args.mix)
-        ]
-        command = shlex.join(["python", *sys.argv])
-        write_result(
-            path,
-            f"train_{name}",
-            hardware=gpu(),
-            figures=others | figures_of(rows, name, suffix),
-            runs=kept + mine,
-            commands=known.get("commands", {}) | {suffix: command},
-            measured_peak_tflops=known.get("measured_peak_tflops", {}) | {suffix: args.peak},
-            proof=proof or known.get("proof", {}),
-        )
+        figures = figures_of(rows, name, suffix)
+        plain = [{k: v for k, v in row.items() if k != "kernels"} for row in mine]
+        save_runs(args, f"train_{name}", plain, figures, proof)
+    profiled = [
+        {key: row[key] for key in ("job", "shape", "mix", "groups_per_step", "profile", "kernels")}
+        for row in rows
+        if "kernels" in row
+    ]
+    shares = {
+        f"{key}_{row['job'].removeprefix('ours ').replace(' ', '_')}_{suffix}": value
+        for row in profiled
+        for key, value in row["profile"].items()
+    }
+    save_runs(args, "train_profile", profiled, shares, {})
+
+
+def save_runs(
+    args: argparse.Namespace,
+    bench: str,
+    rows: list[dict[str, Any]],
+    figures: dict[str, float],
+    proof: dict[str, float],
+) -> None:
+    """Put the runs of this shape and mix in the place of older ones in the bench's file."""
+    if not rows:
+        return
+    suffix = f"{args.shape}_{args.mix}"
+    path = Path(args.out) / f"{bench}.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    others = {k: v for k, v in known.get("figures", {}).items() if not k.endswith(suffix)}
+    kept = [r for r in known.get("runs", []) if (r["shape"], r["mix"]) != (args.shape, args.mix)]
+    command = shlex.join(["python", *sys.argv])
+    proven = proof or known.get("proof", {})
+    write_result(
+        path,
+        bench,
+        hardware=gpu(),
+        figures=others | figures,
+        runs=kept + rows,
+        commands=known.get("commands", {}) | {suffix: command},
+        measured_peak_tflops=known.get("measured_peak_tflops", {}) | {suffix: args.peak},
+        **({"proof": proven} if proven else {}),
+    )
 
 
 def main() -> None:
@@ -397,7 +402,7 @@ def main() -> None:
         "--jobs", nargs="*", default=[], help="only jobs of these names; * stands for anything"
     )
     parser.add_argument("--batches", type=int, nargs="*", help="micro-batches to search for TRL")
-    parser.add_argument("--profile", action="store_true", help="print one step's kernels")
+    parser.add_argument("--profile", action="store_true", help="record one step's kernels")
     parser.add_argument("--no-proof", action="store_true")
     parser.add_argument("--attention", default="auto", help="kernel of our side")
     parser.add_argument("--activation-budget", type=float, default=0.9, help="of our side")

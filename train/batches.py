@@ -169,6 +169,8 @@ def step_loader(dataset: StepDataset, *, workers: int = 0, pin_memory: bool = Fa
         collate_fn=_only,
         num_workers=workers,
         pin_memory=pin_memory and torch.cuda.is_available(),
+        # A new process for every epoch is seconds of waiting where an epoch has few steps.
+        persistent_workers=workers > 0,
     )
 
 
