@@ -57,6 +57,8 @@ LINES = [
     Line("judge_gpu", "http_ratio_to_in_process", "HTTP path over in process", "{:.2f}"),
     Line("judge_gpu", "adjacency_speedup", "both orders adjacent over not adjacent", "{:.2f}x"),
     Line("judge_gpu", "one_token_speedup_over_rationale", "one token over rationale first", "{:.1f}x"),
+    Line("judge_rounding", "distinct_rounded", "bfloat16 judge, 100 questions: values that P(first) takes, logits rounded", "{:.0f}"),
+    Line("judge_rounding", "distinct_float32", "the same, logits in float32", "{:.0f}"),
     Line("parse", "agreement", "reply parsers: agreement with stored verdicts", "{:.4f}"),
     *(
         Line(bench, f"{figure}{setting}", f"{name} {size}: {words}", form)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from feedback.figures import CardSection, CardTable, Figure
 from feedback.intervals import Resampler, mean, nothing, proportion
 from feedback.observations import Pairs
+from feedback.rounding import log_odds_step
 
 __all__ = ["LOW_MASS", "outcome_section"]
 
@@ -78,4 +81,17 @@ def outcome_section(pairs: Pairs, resampler: Resampler) -> CardSection:
                 rows=rows,
             )
         ],
+        notes=_notes(pairs),
     )
+
+
+def _notes(pairs: Pairs) -> list[str]:
+    step = log_odds_step(call.probs for call in pairs.calls if call.probs is not None)
+    if step is None:
+        return []
+    points = 100 * (1 / (1 + math.exp(-step)) - 0.5)
+    return [
+        f"The probabilities are rounded: their log-odds come in steps of {step:g}, near one half "
+        f"{points:.1f} points of probability, as from logits in bfloat16. A server that computes "
+        'logits in float32 (vLLM: --hf-overrides \'{"head_dtype": "float32"}\') gives finer ones.'
+    ]

@@ -19,6 +19,8 @@ from train.config import DpoOptions
 from train.dpo import run
 from train.models import completion_logps, load_model, load_tokenizer
 from train.packing import pack_groups
+from train.ppo import train as train_ppo
+from train.ppo_config import PpoOptions, RewardSource
 from train.reference import weights_hash
 
 
@@ -124,3 +126,36 @@ def test_a_missing_base_is_named(adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="gone"):
         load_pretrained(AutoModelForCausalLM, str(tmp_path))
+
+
+def test_ppo_saves_adapters_on_an_adapter_whole(
+    adapter: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Any reader finds the policy that was trained, at the end and on the way."""
+    from transformers import AutoModelForCausalLM
+
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(
+        "".join(json.dumps({"prompt_id": str(n), "prompt": f"say {n}"}) + "\n" for n in range(6))
+    )
+    train_ppo(
+        PpoOptions(
+            prompts=(str(prompts),),
+            model=str(adapter),
+            output=tmp_path / "out",
+            reward=RewardSource(kind="function", function="tests.test_ppo:letters"),
+            steps=4,
+            prompts_per_step=4,
+            completions_per_prompt=2,
+            max_tokens=6,
+            learning_rate=1e-2,
+            lora_rank=4,
+            copy_every=2,
+            device="cpu",
+        )
+    )
+    start, base = logps(loaded(adapter)), logps(loaded(tiny_model))
+    for folder in (tmp_path / "out", *sorted((tmp_path / "out" / "policies").iterdir())):
+        assert not list(folder.glob("adapter_*"))
+        AutoModelForCausalLM.from_pretrained(folder)
+        assert 1e-4 < relative(logps(loaded(folder)), start) < relative(base, start)

@@ -32,8 +32,16 @@ from train.models import (
 from train.packing import PackedBatch
 from train.ppo_config import PpoOptions
 from train.reward_model import ENSEMBLE, has_trained_head
+from train.whole import make_whole
 
-__all__ = ["Networks", "PolicyAndValue", "Scored", "load_networks", "reference_logprobs"]
+__all__ = [
+    "Networks",
+    "PolicyAndValue",
+    "Scored",
+    "load_networks",
+    "reference_logprobs",
+    "save_policy",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -219,6 +227,13 @@ def _reads_tokens_of(options: PpoOptions, name: str | None, tokenizer: Any) -> b
     engine = dataclasses.replace(options.engine_options(model=name), tokenizer=None)
     other = load_tokenizer(engine).get_vocab()
     return all(other.get(token) == number for token, number in tokenizer.get_vocab().items())
+
+
+def save_policy(networks: Networks, options: PpoOptions, folder: Path) -> None:
+    """Write policy and tokenizer; adapters over an adapter are written as one whole model."""
+    networks.module.policy.save_pretrained(folder, safe_serialization=True)
+    make_whole(options.engine_options(), folder)
+    networks.tokenizer.save_pretrained(folder)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from train.model_card import write_model_card
 from train.models import base_model, resolve_model
 from train.ppo_checks import reward_models
 from train.ppo_config import PpoOptions
+from train.ppo_models import save_policy
 from train.ppo_setup import Run
 from train.ppo_state import Progress, run_fingerprint
 from train.results import Trained
@@ -51,10 +52,8 @@ def finish(
     figures = _figures(this, progress, seconds)
     line = _line(this, progress, figures)
     if this.accelerator.is_main_process:
-        policy = this.networks.module.policy
-        base_model(policy).config.use_cache = True
-        policy.save_pretrained(folder, safe_serialization=True)
-        this.networks.tokenizer.save_pretrained(folder)
+        base_model(this.networks.module.policy).config.use_cache = True
+        save_policy(this.networks, options, folder)
         record = {
             "command": "ppo",
             # As it was at the start: a model that was trained again meanwhile is another one.

@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 
 from feedback.errors import InputError
 from train.guard import Probe
+from train.ppo_models import save_policy
 from train.ppo_setup import Run
 from train.ppo_state import (
     Progress,
@@ -165,9 +166,7 @@ class RunStore:
         """Keep the policy as it stands, to look at later."""
         if self.main:
             folder = self.folder / "policies" / f"step-{step:06d}"
-            networks = self.this.networks
-            networks.module.policy.save_pretrained(folder, safe_serialization=True)
-            networks.tokenizer.save_pretrained(folder)
+            save_policy(self.this.networks, self.this.options, folder)
 
     def save_best(self, step: int) -> None:
         """Keep the current weights as the best so far."""

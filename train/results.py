@@ -24,7 +24,6 @@ from feedback.errors import InputError
 from feedback.installed import package_versions
 from feedback.records import content_id
 from feedback.shards import MANIFEST, read_manifest, write_json
-from train.adapters import adapter_config, apply_adapter
 from train.chat import DataReport
 from train.config import RewardOptions, TrainOptions
 from train.data import Group
@@ -33,12 +32,11 @@ from train.model_card import write_model_card
 from train.model_checks import require_context
 from train.models import (
     base_model,
-    load_model,
     resolve_device,
     resolve_model,
-    resolve_precision,
 )
 from train.trainer import Objective, PackedTrainer, newest_checkpoint
+from train.whole import make_whole
 
 __all__ = ["Trained", "announce", "conclude", "finished", "fit", "run_identity"]
 
@@ -245,34 +243,14 @@ def _save(trainer: Any, options: TrainOptions) -> None:
     if not trainer.is_world_process_zero():
         return
     # Reward models are merged by their own command: their head is another.
-    if _adapters_on_an_adapter(options) and not isinstance(options, RewardOptions):
-        _make_whole(options, temporary)
+    if not isinstance(options, RewardOptions):
+        make_whole(options, temporary)
     for stale in itertools.chain(output.glob("model*.safetensors*"), output.glob("adapter_*")):
         stale.unlink()
     for path in temporary.iterdir():
         if path.name != "training_args.bin":
             os.replace(path, output / path.name)
     shutil.rmtree(temporary)
-
-
-def _adapters_on_an_adapter(options: TrainOptions) -> bool:
-    if not options.lora_rank or options.model == "scratch":
-        return False
-    return adapter_config(resolve_model(options.model), revision=options.revision) is not None
-
-
-def _make_whole(options: TrainOptions, folder: Path) -> None:
-    """Replace the adapters in ``folder`` by the model that they make of their start.
-
-    Their start is an adapter merged into its base, which exists in memory only: adapters of it
-    would be read as adapters of something else.
-    """
-    precision = resolve_precision(options.precision, resolve_device(options.device))
-    exact: Any = "bfloat16" if precision == "bfloat16" else "float32"
-    start = load_model(dataclasses.replace(options, device="cpu", precision=exact), tokenizer=None)
-    apply_adapter(start, folder).save_pretrained(folder)
-    for stale in folder.glob("adapter_*"):
-        stale.unlink()
 
 
 def _record(

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from feedback.backends.head import vllm_overrides
 from feedback.backends.vllm_faults import engine_errors
 from feedback.errors import BackendError
 from train.models import base_model
@@ -63,12 +64,16 @@ class VllmSampler:
         from vllm import LLM
 
         weights = next(base_model(policy).parameters())
+        folder = base_model(policy).config.name_or_path
+        # Log-probabilities from rounded logits would stray from the trainer's, which are not.
+        more = dict(settings or {})
+        more |= vllm_overrides(folder, more, revision=None, trust_remote_code=False)
         self.cuda = weights.is_cuda
         self.sleeps = sleep and self.cuda
         self.awake = True
         try:
             self.engine: Any = LLM(
-                model=base_model(policy).config.name_or_path,
+                model=folder,
                 skip_tokenizer_init=True,
                 dtype=str(weights.dtype).removeprefix("torch."),
                 max_model_len=max_length,
@@ -80,7 +85,7 @@ class VllmSampler:
                 logprobs_mode="processed_logprobs",
                 disable_log_stats=True,
                 seed=seed,
-                **(settings or {}),
+                **more,
             )
         except (ValueError, TypeError, OSError, RuntimeError) as error:
             raise BackendError(

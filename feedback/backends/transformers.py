@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 from feedback.backends import Capabilities, JudgeCall, JudgeReply, SampleCall, SampleReply
 from feedback.backends.chat import ChatTokenizer
 from feedback.backends.decode import Drawn, Generated, generate
+from feedback.backends.head import float32_head
 from feedback.backends.identity import identity_of
 from feedback.backends.opening import local_revision
 from feedback.backends.prefix import (
@@ -359,6 +360,7 @@ def open_engine(options: EngineOptions, path: str) -> TransformersBackend:
     if options.lora is not None:
         model = _with_adapter(model, options.lora)
     model = model.to(device).eval()
+    float32_head(model)
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     revision = local_revision(path) or getattr(model.config, "_commit_hash", None)
     return TransformersBackend(

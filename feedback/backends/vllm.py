@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from feedback.backends import Capabilities, JudgeCall, JudgeReply, SampleCall, SampleReply
 from feedback.backends.chat import ChatTokenizer
+from feedback.backends.head import vllm_overrides
 from feedback.backends.identity import identity_of
 from feedback.backends.opening import local_revision
 from feedback.backends.vllm_faults import engine_errors, wake_if_killed
@@ -347,6 +348,9 @@ def open_engine(options: EngineOptions, path: str) -> VllmBackend:
     from vllm.lora.request import LoRARequest
 
     settings = engine_settings(options)
+    settings |= vllm_overrides(
+        path, settings, revision=options.revision, trust_remote_code=options.trust_remote_code
+    )
     failures: tuple[type[Exception], ...] = (ValueError, TypeError, OSError, *engine_errors().died)
     adapter = None if options.lora is None else LoRARequest("judge", 1, options.lora)
     try:
