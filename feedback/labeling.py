@@ -55,6 +55,7 @@ from feedback.questions import (
 )
 from feedback.ranking import criterion_of
 from feedback.records import Candidates, Verdict
+from feedback.rounding import rounding_note
 from feedback.run_folder import check_not_all_failed, claim_folder, make_way, started
 from feedback.run_record import run_record
 from feedback.shards import read_rows
@@ -280,6 +281,8 @@ def _finish(
     work: Work,
 ) -> None:
     say(run.totals.line())
+    if (note := rounding_note(run.totals.probs)) is not None:
+        say(note)
     if run.budget.reached:
         raise BudgetExceeded(
             f"stopped at {run.budget.reached} with {run.totals.said} of this run on disk; run the "

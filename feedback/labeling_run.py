@@ -24,6 +24,7 @@ from feedback.verdict_index import FAILED, VerdictIndex
 __all__ = ["REPLACED", "LabelingRun", "RunTotals"]
 
 REPLACED = "replaced.jsonl"
+_LOOKED_AT = 1000
 
 
 @dataclass(slots=True)
@@ -39,6 +40,8 @@ class RunTotals:
     cost: float = 0.0
     in_flight: int = 0
     """Most calls under way at once."""
+    probs: list[list[float]] = field(default_factory=list)
+    """Label probabilities of the first verdicts, to see whether they are rounded."""
     started: float = field(default_factory=time.perf_counter)
     cpu_started: float = field(default_factory=time.process_time)
 
@@ -46,6 +49,8 @@ class RunTotals:
         """Count a verdict of this run."""
         self.outcomes[verdict.outcome] += 1
         self.cost += verdict.cost
+        if verdict.probs is not None and len(self.probs) < _LOOKED_AT:
+            self.probs.append(verdict.probs)
         if verdict.cached:
             self.from_cache += 1
             return

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from feedback.figures import CardSection, CardTable, Figure
 from feedback.intervals import Resampler, mean, nothing, proportion
 from feedback.observations import Pairs
-from feedback.rounding import log_odds_step
+from feedback.rounding import rounding_note
 
 __all__ = ["LOW_MASS", "outcome_section"]
 
@@ -66,6 +64,7 @@ def outcome_section(pairs: Pairs, resampler: Resampler) -> CardSection:
                 fair=0.0,
             ),
         ]
+    note = rounding_note(call.probs for call in pairs.calls if call.probs is not None)
     total = len(pairs.calls)
     rows = [[name, count, count / total] for name, count in pairs.outcomes.most_common() if count]
     return CardSection(
@@ -81,17 +80,5 @@ def outcome_section(pairs: Pairs, resampler: Resampler) -> CardSection:
                 rows=rows,
             )
         ],
-        notes=_notes(pairs),
+        notes=[note] if note is not None else [],
     )
-
-
-def _notes(pairs: Pairs) -> list[str]:
-    step = log_odds_step(call.probs for call in pairs.calls if call.probs is not None)
-    if step is None:
-        return []
-    points = 100 * (1 / (1 + math.exp(-step)) - 0.5)
-    return [
-        f"The probabilities are rounded: their log-odds come in steps of {step:g}, near one half "
-        f"{points:.1f} points of probability, as from logits in bfloat16. A server that computes "
-        'logits in float32 (vLLM: --hf-overrides \'{"head_dtype": "float32"}\') gives finer ones.'
-    ]

@@ -7,11 +7,12 @@ servers compute logits so; what they return looks like any other number.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-__all__ = ["STEPS", "log_odds_step"]
+__all__ = ["STEPS", "log_odds_step", "rounding_note"]
 
 STEPS = (0.5, 0.25, 0.125, 0.0625, 0.03125)
 """Steps that are looked for, in log-odds: those of bfloat16 logits between 4 and 128."""
@@ -39,3 +40,16 @@ def log_odds_step(probabilities: Iterable[Sequence[float]]) -> float | None:
         if np.mean(np.abs(odds - step * np.round(odds / step)) < _CLOSE) >= _SHARE:
             return step
     return None
+
+
+def rounding_note(probabilities: Iterable[Sequence[float]]) -> str | None:
+    """Return in words what ``log_odds_step`` finds and what to do about it, or None."""
+    step = log_odds_step(probabilities)
+    if step is None:
+        return None
+    points = 100 * (1 / (1 + math.exp(-step)) - 0.5)
+    return (
+        f"The probabilities are rounded: their log-odds come in steps of {step:g}, near one half "
+        f"{points:.1f} points of probability, as from logits in bfloat16. A server that computes "
+        'logits in float32 (vLLM: --hf-overrides \'{"head_dtype": "float32"}\') gives finer ones.'
+    )

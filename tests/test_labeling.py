@@ -728,3 +728,19 @@ def test_killed_at_random_points_and_resumed_ends_with_every_verdict_once(
     rows = final(tmp_path)
     assert {row.verdict_id: pytest.approx(row.probs) for row in rows} == expected
     assert manifest_of(tmp_path / "verdicts")["rows"] == total
+
+
+@pytest.mark.parametrize(("step", "said"), [(0.125, True), (0.13, False)])
+def test_rounded_probabilities_are_said_at_the_end(
+    tmp_path: Path,
+    engines: dict[str, Scripted],
+    capsys: pytest.CaptureFixture[str],
+    step: float,
+    said: bool,
+) -> None:
+    """Before labels are made of them, and trained on."""
+    rows = {f"q{n}": [0.0, step * n, step * (n + 7)] for n in range(12)}
+    labeling.run(
+        options(tmp_path, candidates=write_candidates(tmp_path / "candidates.jsonl", rows))
+    )
+    assert ("steps of 0.125" in capsys.readouterr().out) == said
