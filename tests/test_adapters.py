@@ -135,9 +135,7 @@ def test_ppo_saves_adapters_on_an_adapter_whole(
     from transformers import AutoModelForCausalLM
 
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text(
-        "".join(json.dumps({"prompt_id": str(n), "prompt": f"say {n}"}) + "\n" for n in range(6))
-    )
+    prompts.write_text("".join(json.dumps({"prompt": f"say {n}"}) + "\n" for n in range(6)))
     train_ppo(
         PpoOptions(
             prompts=(str(prompts),),

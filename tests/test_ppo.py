@@ -886,3 +886,16 @@ def test_wrong_options_name_the_way_out(options: Callable[..., PpoOptions]) -> N
         GuardOptions(prompt_count=1)
     with pytest.raises(RecipeError, match="leave none to train on"):
         ppo.train(options(guard=GuardOptions(gold=function("letters"), prompt_count=7)))
+
+
+def test_prompts_are_read_as_sample_reads_them(
+    options: Callable[..., PpoOptions], tmp_path: Path
+) -> None:
+    """Without an id, the id is a hash of the prompt; a wrong row is named with its line."""
+    bare, wrong = tmp_path / "bare.jsonl", tmp_path / "wrong.jsonl"
+    bare.write_text("".join(json.dumps({"prompt": f"say {n}"}) + "\n" for n in range(5)))
+    wrong.write_text('{"prompt": "say it"}\n{"prompts": "say it"}\n')
+    found = set_up(options(prompts=(str(bare),))).prompts
+    assert len({item.prompt_id for item in found}) == 5
+    with pytest.raises(InputError, match=r"wrong\.jsonl:2: .*no \"prompt\""):
+        set_up(options(prompts=(str(wrong),), output=tmp_path / "other"))

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from feedback import inputs
 from feedback.errors import InputError
 from feedback.records import (
     Candidates,
@@ -102,12 +103,11 @@ def read_prompts(
         max_tokens: longer prompts are left out.
 
     Raises:
-        InputError: nothing is left.
+        InputError: a row is not what it should be, or nothing is left.
     """
     rows: dict[str, Any] = {}
     for source in sources:
-        path = prompt_source(Path(source))
-        for row in read_rows(path, _KINDS[_kind(path)]):
+        for row in _rows(prompt_source(Path(source))):
             rows.setdefault(content_id(row.prompt), row)
     encoded = chat.prompt_ids([chat.prompt_text(row.prompt) for row in rows.values()])
     prompts = [
@@ -121,6 +121,12 @@ def read_prompts(
             "max_prompt_tokens or name other prompts"
         )
     return prompts, len(rows) - len(prompts)
+
+
+def _rows(path: Path) -> Iterator[Any]:
+    kind = _kind(path)
+    # Prompts are read as sample reads them: without an id, the id is a hash of the prompt.
+    return inputs.read_prompts(path) if kind == "prompts" else read_rows(path, _KINDS[kind])
 
 
 def _gold(row: Any) -> str | None:
