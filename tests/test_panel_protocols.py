@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -266,6 +267,15 @@ WRONG_LATER_JUDGES = {
     ),
     "replay": ({"engine": EngineOptions(backend="replay")}, "needs replay_from"),
     "model": ({"engine": EngineOptions(model="pocket:none")}, "pocket:none"),
+    "folder": ({"engine": EngineOptions(model="./no-such-model")}, "no such file or folder"),
+    "adapter": (
+        {"engine": EngineOptions(model="m", lora=str(Path(__file__).parent))},
+        "holds no LoRA adapter",
+    ),
+    "adapter of vllm": (
+        {"engine": EngineOptions(backend="vllm", model="m", lora="./no-such-adapter")},
+        "holds no LoRA adapter",
+    ),
 }
 
 

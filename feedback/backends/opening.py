@@ -54,7 +54,8 @@ def check_openable(options: EngineOptions) -> None:
     must not show only after the first one's calls were paid for.
 
     Raises:
-        BackendError: its package, its key or the embedded model is missing, or its URL is wrong.
+        BackendError: its package, key, folder, adapter or embedded model is missing, or its URL is
+            wrong.
         InputError: ``extra`` or ``replay_from`` is wrong.
     """
     resolve_model(options.model)
@@ -62,8 +63,22 @@ def check_openable(options: EngineOptions) -> None:
         package, command = _NEEDS[options.backend]
         if importlib.util.find_spec(package) is None:
             raise BackendError(f"backend {options.backend!r} needs {package!r}: {command}")
+        _check_folders(options)
         return
     importlib.import_module(f"feedback.backends.{options.backend}").check_options(options)
+
+
+def _check_folders(options: EngineOptions) -> None:
+    """Look whether what is named as a folder is one; other names may be the Hub's."""
+    path = Path(options.model)
+    if (path.is_absolute() or options.model.startswith(".")) and not path.exists():
+        raise BackendError(f"cannot load {options.model!r}: there is no such file or folder")
+    if options.lora is None:
+        return
+    adapter = Path(options.lora)
+    local = adapter.is_dir() or options.backend == "vllm"  # vLLM reads adapters from folders only
+    if local and not (adapter / "adapter_config.json").is_file():
+        raise BackendError(f"{options.lora} holds no LoRA adapter: no adapter_config.json")
 
 
 def resolve_model(name: str) -> str:
