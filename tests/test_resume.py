@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -93,6 +94,21 @@ def test_a_crash_leaves_no_trace(
     assert not (tmp_path / "cut" / "training.json").exists()
     run(options(tmp_path, model, "cut", **fields))
     assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_process_that_packs_rows_changes_nothing_and_ends(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process for all epochs: cut off in the second and continued, too."""
+    run(options(tmp_path, tiny_model, "whole"))
+    with monkeypatch.context() as patch:
+        crash_at(patch, 8)
+        with pytest.raises(StopNow):
+            run(options(tmp_path, tiny_model, "cut", workers=1))
+    assert not multiprocessing.active_children()
+    run(options(tmp_path, tiny_model, "cut", workers=1))
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+    assert not multiprocessing.active_children()
 
 
 def with_dropout(model: Path, tmp_path: Path) -> Path:

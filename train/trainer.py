@@ -182,6 +182,13 @@ class PackedTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         compile_layers(model, options.compile, activation_budget=options.activation_budget)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as transformers' Trainer does, and let the process that packs rows end after it."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.callback_handler.train_dataloader = None
+
     # --- data
 
     def get_train_dataloader(self) -> Any:
