@@ -1,6 +1,6 @@
 """Logits in float32 from models whose weights are 16 bits wide.
 
-A bfloat16 number has eight bits: between 16 and 32, where a language model's logits often lie,
+A bfloat16 number keeps eight binary digits: between 16 and 32, where logits of language models lie,
 neighbours are 0.125 apart. A label read from rounded logits is one of a few values (0.500, 0.531,
 0.562, ...), and pairs that differ tie. The product is summed up in float32 anyway; here it is kept.
 """
