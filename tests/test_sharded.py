@@ -52,6 +52,7 @@ found = {kind: compare(kind) for kind in sys.argv[2:]}
 if dist.get_rank() == 0:
     with open(sys.argv[1], "w") as file:
         json.dump(found, file)
+dist.barrier()  # a process that leaves first takes its connections with it
 dist.destroy_process_group()
 """
 
@@ -67,7 +68,7 @@ def test_sharded_parameters_compute_what_whole_ones_do(tmp_path: Path, root: Pat
     ]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[:3000] + done.stderr[-1000:]
     for found in json.loads(target.read_text()).values():
         assert found["loss"] == pytest.approx(found["expected"], rel=1e-5)
         assert found["gap"] < 1e-5
