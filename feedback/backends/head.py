@@ -55,20 +55,20 @@ def vllm_overrides(
         revision: of the model on the Hub.
         trust_remote_code: whether the model's own configuration class may run.
     """
+    given = settings.get("hf_overrides")
+    plain = settings.get("quantization") is None and not callable(given)
+    if plain and _is_unquantised(path, revision, trust_remote_code):
+        given = {"head_dtype": "float32", **(given or {})}
+    return {} if given is None else {"hf_overrides": given}
+
+
+def _is_unquantised(path: str, revision: str | None, trust_remote_code: bool) -> bool:
     from transformers import AutoConfig
 
-    given = settings.get("hf_overrides")
-    if callable(given):
-        return {"hf_overrides": given}
-    known = {} if given is None else {"hf_overrides": given}
-    if settings.get("quantization") is not None:
-        return known
     try:
         config = AutoConfig.from_pretrained(
             path, revision=revision, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError):
-        return known  # the engine says what is wrong with it
-    if getattr(config, "quantization_config", None) is not None:
-        return known
-    return {"hf_overrides": {"head_dtype": "float32", **(given or {})}}
+        return False  # the engine says what is wrong with it
+    return getattr(config, "quantization_config", None) is None

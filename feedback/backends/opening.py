@@ -9,14 +9,22 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import json
 from pathlib import Path
+from typing import Any
 
 from feedback.backends import Backend
 from feedback.config import EngineOptions
 from feedback.errors import BackendError
 from feedback.unread import check_engine
 
-__all__ = ["check_openable", "local_revision", "open_backend", "resolve_model"]
+__all__ = [
+    "adapter_config",
+    "check_openable",
+    "local_revision",
+    "open_backend",
+    "resolve_model",
+]
 
 _BLOCK = 1 << 16
 _BLOCKS_PER_FILE = 64
@@ -75,10 +83,21 @@ def _check_folders(options: EngineOptions) -> None:
         raise BackendError(f"cannot load {options.model!r}: there is no such file or folder")
     if options.lora is None:
         return
-    adapter = Path(options.lora)
-    local = adapter.is_dir() or options.backend == "vllm"  # vLLM reads adapters from folders only
-    if local and not (adapter / "adapter_config.json").is_file():
-        raise BackendError(f"{options.lora} holds no LoRA adapter: no adapter_config.json")
+    if options.backend == "vllm" or Path(options.lora).is_dir():  # vLLM reads folders only
+        adapter_config(options.lora)
+
+
+def adapter_config(folder: str) -> dict[str, Any]:
+    """Return what an adapter's folder says of it.
+
+    Raises:
+        BackendError: the folder holds no adapter.
+    """
+    path = Path(folder) / "adapter_config.json"
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise BackendError(f"{folder} holds no LoRA adapter: {path.name}: {error}") from error
 
 
 def resolve_model(name: str) -> str:

@@ -22,7 +22,7 @@ from feedback.backends import Capabilities, JudgeCall, JudgeReply, SampleCall, S
 from feedback.backends.chat import ChatTokenizer
 from feedback.backends.head import vllm_overrides
 from feedback.backends.identity import identity_of
-from feedback.backends.opening import local_revision
+from feedback.backends.opening import adapter_config, local_revision
 from feedback.backends.vllm_faults import engine_errors, wake_if_killed
 from feedback.config import EngineOptions
 from feedback.errors import BackendError
@@ -399,13 +399,9 @@ def _lora_rank(folder: str) -> int:
     """The adapter's rank, which vLLM must be told before it loads one.
 
     Raises:
-        BackendError: the folder holds no adapter.
+        BackendError: the folder holds no LoRA adapter.
     """
-    import json
-    from pathlib import Path
-
-    path = Path(folder) / "adapter_config.json"
     try:
-        return int(json.loads(path.read_text(encoding="utf-8"))["r"])
-    except (OSError, ValueError, KeyError) as error:
-        raise BackendError(f"{folder} holds no LoRA adapter: {path.name}: {error}") from error
+        return int(adapter_config(folder)["r"])
+    except (KeyError, ValueError) as error:
+        raise BackendError(f"{folder} holds no LoRA adapter: no rank ({error})") from error
